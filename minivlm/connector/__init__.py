@@ -1,0 +1,1 @@
+"""Connectors: patch features to image tokens of the decoder's width. One file per published design."""

@@ -1,0 +1,1 @@
+"""Decoders: embeddings to hidden states to logits. One file serves every brand with the same equations."""

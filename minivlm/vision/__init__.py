@@ -1,0 +1,1 @@
+"""Image encoders: tiles to patch features. One file per published encoder."""

@@ -1,0 +1,194 @@
+"""The whole model on one screen: vision tower, projector, packing, merge, decoder (Liu et al. 2024, LLaVA-NeXT).
+
+    tiles [N,3,S,S] -> vision_tower -> features [N,P,Dv] -> projector -> [N,P,D] -> pack -> image tokens [I,D]
+    ids [S] -> embed_tokens -> [S,D] -> merge <- image tokens;  embeddings [S,D] -> language_model -> logits [S,V]
+
+It knows nothing of files, text or generation. Every module is trainable; nothing here switches gradients off.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.connector.mlp import MLPProjector
+from minivlm.decoder.mistral import MistralConfig, MistralDecoder
+from minivlm.errors import InputError
+from minivlm.fields import Fields
+from minivlm.merge import merge
+from minivlm.ops.activations import ACTIVATIONS
+from minivlm.ops.backend import Backend
+from minivlm.ops.rows import Rows
+from minivlm.processor import Inputs
+from minivlm.processor.anyres import check_pinpoints, pack_image_features
+from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
+
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # LlavaNextConfig's class default
+# What LlavaConfig and LlavaNextConfig assume where config.json has no vision_config: CLIP ViT-L/14 at 336 pixels.
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """A LLaVA-1.5 (`image_grid_pinpoints` is None) or LLaVA-NeXT configuration."""
+
+    vision: CLIPVisionConfig
+    text: MistralConfig
+    image_token_id: int
+    vision_feature_layers: tuple[int, ...]  # as published: -2 counts from the end
+    vision_feature_select_strategy: str  # "default" drops the class token, "full" keeps it
+    projector_hidden_act: str
+    multimodal_projector_bias: bool
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | None  # (height, width) of every grid that tiles may form
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], where: str) -> "VLMConfig":
+        """From a whole config.json; absent keys take the Hugging Face class defaults."""
+        f = Fields(values, where)
+        model_type = f.get("model_type", str, None)
+        if model_type not in ("llava", "llava_next"):
+            raise InputError(f"{where}: model_type = {model_type!r} is not supported, expected 'llava' or 'llava_next'")
+        f.only("use_image_newline_parameter", True)
+        f.read |= {
+            "vocab_size",
+            "vision_feature_layer",
+        }  # vocab_size is the text config's; the layer is read below
+        text_values = dict(f.get("text_config", dict, None) or {})
+        if f.get("tie_word_embeddings", bool, False):
+            text_values["tie_word_embeddings"] = True
+        vision = f.get("vision_config", dict, None)
+        anyres = model_type == "llava_next"
+        config = cls(
+            vision=CLIPVisionConfig.from_hf(CLIP_L_336 if vision is None else vision, f"{where}: vision_config"),
+            text=MistralConfig.from_hf(text_values, f"{where}: text_config"),
+            image_token_id=f.get("image_token_index", int, f.get("image_token_id", int, 32000)),
+            vision_feature_layers=_feature_layers(values.get("vision_feature_layer", -2), where),
+            vision_feature_select_strategy=f.get("vision_feature_select_strategy", str, "default"),
+            projector_hidden_act=f.get("projector_hidden_act", str, "gelu"),
+            multimodal_projector_bias=f.get("multimodal_projector_bias", bool, True),
+            image_grid_pinpoints=_pinpoints(f, where) if anyres else None,
+        )
+        f.finish()
+        config.check(where)
+        return config
+
+    def check(self, where: str) -> None:
+        """Refuse combinations that no published model has and whose result would be undefined."""
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise InputError(
+                f"{where}: vision_feature_select_strategy = {self.vision_feature_select_strategy!r}, expected 'default' or 'full'"
+            )
+        if self.image_grid_pinpoints is not None:
+            try:
+                check_pinpoints(self.image_grid_pinpoints, self.vision.image_size)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            if self.vision_feature_select_strategy == "full":
+                raise InputError(
+                    f"{where}: strategy 'full' keeps the class token, which has no place in a grid of tiles"
+                )
+        if self.projector_hidden_act not in ACTIVATIONS:
+            raise InputError(f"{where}: projector_hidden_act = {self.projector_hidden_act!r} is not supported")
+        if not 0 <= self.image_token_id < self.text.vocab_size:
+            raise InputError(
+                f"{where}: image_token_index = {self.image_token_id}, but the vocabulary has {self.text.vocab_size} rows"
+            )
+        layers = self.vision.num_hidden_layers
+        for layer in self.vision_feature_layers:
+            if not -layers - 1 <= layer <= layers:
+                raise InputError(f"{where}: vision_feature_layer = {layer}, but the encoder has {layers} layers")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The feature layers as numbers of encoder layers to run: of 24, layer -2 is the state after 23."""
+        states = self.vision.num_hidden_layers + 1
+        return tuple(layer % states for layer in self.vision_feature_layers)
+
+
+def _feature_layers(value: Any, where: str) -> tuple[int, ...]:
+    layers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise InputError(f"{where}: vision_feature_layer = {value!r}, expected an integer or a list of integers")
+    return layers
+
+
+def _pinpoints(f: Fields, where: str) -> tuple[tuple[int, int], ...]:
+    value = f.get("image_grid_pinpoints", list, None)
+    value = PINPOINTS if value is None else value
+    ok = value and all(
+        isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(n, int) for n in p) for p in value
+    )
+    if not ok:
+        raise InputError(f"{where}: image_grid_pinpoints = {value!r}, expected a list of [height, width]")
+    return tuple((height, width) for height, width in value)
+
+
+class VLM(nn.Module):
+    """LLaVA-1.5 or LLaVA-NeXT. Parameter names are the published checkpoint's but for two prefixes."""
+
+    def __init__(self, config: VLMConfig, backend: Backend):
+        super().__init__()
+        self.config = config
+        width = config.text.hidden_size
+        self.vision_tower = CLIPVisionModel(config.vision, backend)
+        self.multi_modal_projector = MLPProjector(
+            config.vision.hidden_size * len(config.depths),
+            width,
+            config.projector_hidden_act,
+            config.multimodal_projector_bias,
+        )
+        if config.image_grid_pinpoints is not None:
+            self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.language_model = MistralDecoder(config.text, backend)
+
+    def forward(self, inputs: Sequence[Inputs]) -> Tensor:
+        """The logits [S, V] of every position of B packed prompts, without a cache."""
+        rows = Rows.causal([len(row.ids) for row in inputs])
+        return self.language_model.logits(self.language_model(self.embed(inputs), rows, None))
+
+    def embed(self, inputs: Sequence[Inputs]) -> Tensor:
+        """The decoder's input embeddings [S, D] of B packed prompts, image tokens in their places."""
+        device = self.language_model.embed_tokens.weight.device
+        ids = torch.tensor([token for row in inputs for token in row.ids], device=device)  # [S]
+        embeddings = self.language_model.embed_tokens(ids)  # [S, D]
+        pictures = [size for row in inputs for size in row.image_sizes]
+        if not pictures:
+            return merge(embeddings, ids, embeddings[:0], self.config.image_token_id)
+        tiles = torch.cat([row.tiles for row in inputs]).to(device)  # [N, 3, S, S]
+        image_tokens = self.encode_images(tiles, pictures, [count for row in inputs for count in row.tile_counts])
+        return merge(embeddings, ids, torch.cat(image_tokens), self.config.image_token_id)
+
+    def encode_images(
+        self, tiles: Tensor, image_sizes: Sequence[tuple[int, int]], tile_counts: Sequence[int]
+    ) -> list[Tensor]:
+        """The image tokens [I, D] of each picture.
+
+        tiles [N, 3, S, S]: all pictures' tiles in reading order; image_sizes: original (height, width) of each;
+        tile_counts: tiles of each picture, N in all.
+        """
+        states = self.vision_tower(tiles, self.config.depths)  # of each feature layer [N, 1 + P, Dv]
+        features = torch.cat(states, dim=-1)
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # [N, P, Dv]
+        if self.config.image_grid_pinpoints is None and len(states) > 1:
+            # Strides choose the kernel of the linear layer that follows, and so its rounding in 16 bits. Where
+            # several layers are tapped, transformers' LLaVA-1.5 slices first and LLaVA-NeXT joins first.
+            features = features.contiguous()
+        features = self.multi_modal_projector(features)  # [N, P, D]
+        by_picture = features.split(list(tile_counts))
+        if self.config.image_grid_pinpoints is None:  # LLaVA-1.5: one tile is the whole picture
+            return [tile for (tile,) in by_picture]
+        vision, pinpoints = self.config.vision, self.config.image_grid_pinpoints
+        return [
+            pack_image_features(picture, self.image_newline, size, pinpoints, vision.image_size, vision.patch_size)
+            for picture, size in zip(by_picture, image_sizes, strict=True)
+        ]
