@@ -1,0 +1,295 @@
+"""Sampler: from a row of logits to the next id and its log-probability.
+
+It knows nothing of models or text, and holds no state: the noise of a draw is a pure function of (seed,
+position, token id), so a draw can be replayed and does not depend on the other rows of the batch.
+
+Warpers: transformers' order and meaning (repetition penalty: Keskar et al. 2019, CTRL; top-k: Fan et al.
+2018; top-p: Holtzman et al. 2020; min-p: Nguyen et al. 2024). Noise: Philox4x32-10 of Salmon et al. 2011,
+"Parallel Random Numbers: As Easy as 1, 2, 3". Drawing: Gumbel-max, argmax(score + Gumbel noise) follows
+softmax(score).
+"""
+
+import dataclasses
+import math
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minivlm.errors import InputError, NumericError
+
+WORD = 0xFFFFFFFF  # Philox works on 32-bit words, kept here in int64 tensors
+
+TINY, LARGEST = math.ulp(0.0), sys.float_info.max  # the smallest number above 0; the largest below infinity
+RANGES = {  # field of Sampling: type, lowest, highest, and both in words
+    "temperature": (float, 0, LARGEST, "0 (greedy) or a positive finite number"),
+    "top_k": (int, 1, math.inf, "an integer of at least 1, or None to keep every id"),
+    "top_p": (float, TINY, 1, "a number above 0 and at most 1"),
+    "min_p": (float, 0, 1, "a number from 0 to 1"),
+    "repetition_penalty": (float, TINY, LARGEST, "a positive finite number (1 is no penalty)"),
+    "seed": (int, 0, 2**64 - 1, "an integer from 0 to 2**64 - 1"),
+    "top_logprobs": (int, 0, 20, "an integer from 0 to 20"),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row chooses its ids. `Sampling()` is greedy.
+
+    The one rule of when ids are drawn: **giving any of `temperature`, `top_k`, `top_p`, `min_p` or `seed`
+    asks for sampling**, at temperature 1 unless one is given. `temperature=0` is greedy spelled out; beside
+    one of the other four it is a contradiction and an InputError. So is any value outside its range (RANGES).
+
+    temperature         divides the scores
+    top_k               keeps the k best scores
+    top_p               keeps the smallest set of best scores with at least this probability
+    min_p               keeps what has at least min_p times the probability of the best
+    repetition_penalty  of ids in the row so far: divides positive scores, multiplies negative; greedy too
+    seed                64 bits; a row that draws needs one, see `seeded`
+    top_logprobs        the number of alternatives to report
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kind, lowest, highest, expected = RANGES[field.name]
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            # An int may stand for a float, a bool (to Python an int) for neither. NaN compares false.
+            right_kind = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not right_kind or not lowest <= value <= highest:
+                raise InputError(f"{field.name}: found {value!r}, expected {expected}")
+        if self.temperature == 0 and self._drawing():
+            raise InputError(
+                f"temperature: found 0, which is greedy, beside {', '.join(self._drawing())}, which asks for "
+                "sampling; expected a positive temperature, or 0 without them"
+            )
+
+    def _drawing(self) -> list[str]:
+        """The given fields, other than the temperature, that matter only when ids are drawn."""
+        fields = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "seed": self.seed}
+        return [f"{name}={value}" for name, value in fields.items() if value is not None]
+
+    @property
+    def greedy(self) -> bool:
+        """True when the best score is taken and nothing is drawn."""
+        return self.temperature == 0 or (self.temperature is None and not self._drawing())
+
+    def seeded(self) -> "Sampling":
+        """Itself, or a copy with a fresh seed if it draws and has none; once a request, so it can be told."""
+        if self.greedy or self.seed is not None:
+            return self
+        return dataclasses.replace(self, seed=secrets.randbits(64))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The next id of one row. Log-probabilities are natural logarithms.
+
+    logprob          of the raw distribution: log_softmax of the logits as the model gave them, over all of V
+    sampled_logprob  of the distribution that was chosen from: log_softmax of the warped scores. A greedy row
+                     is warped by `allowed` and the repetition penalty alone: without them it is `logprob`
+    alternatives     the `top_logprobs` best allowed (id, logprob) of the raw distribution, best first, equals
+                     by id; the chosen id is among them if it ranks. Ids of probability zero are left out, so
+                     there may be fewer
+    """
+
+    id: int
+    logprob: float
+    sampled_logprob: float
+    alternatives: tuple[tuple[int, float], ...]
+
+
+def sample(
+    logits: torch.Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    seen: Sequence[Sequence[int]],
+    allowed: torch.Tensor | None = None,
+) -> tuple[Choice, ...]:
+    """Choose the next id of every row.
+
+    logits:    [B, V], any floating type; all arithmetic on them is float32
+    samplings: B settings; rows may differ
+    positions: B indices, each that of the chosen token in its row: the number of ids before it
+    seen:      B rows of ids so far, prompt included; read only for a repetition penalty
+    allowed:   [V] or [B, V] bool, or None for all: the ids that may be chosen. A vocabulary padded beyond the
+               tokenizer's needs `torch.arange(V) < tokens` here, or an id that has no text can be chosen
+
+    Raises NumericError when logits hold NaN, +inf or nothing finite; InputError when arguments do not fit.
+    """
+    rows, vocabulary = logits.shape
+    lengths = (len(samplings), len(positions), len(seen))
+    if lengths != (rows, rows, rows):
+        raise InputError(f"samplings, positions, seen: found {lengths} rows, expected {rows} of each")
+    if allowed is None:
+        allowed = torch.ones(vocabulary, dtype=torch.bool, device=logits.device)
+    if allowed.dtype != torch.bool or allowed.shape not in ((vocabulary,), (rows, vocabulary)):
+        raise InputError(
+            f"allowed: found {allowed.dtype} {list(allowed.shape)}, "
+            f"expected torch.bool [{vocabulary}] or [{rows}, {vocabulary}]"
+        )
+    largest = logits.amax(dim=-1).tolist()  # one transfer for all rows; a maximum passes NaN on
+    for row, (found, position) in enumerate(zip(largest, positions, strict=True)):
+        if not math.isfinite(found):
+            raise NumericError(
+                f"logits of row {row}, position {position}: the largest is {found}, expected a finite number"
+            )
+    masks = allowed.expand(rows, vocabulary)  # [B, V]
+    arguments = zip(logits.detach().float(), samplings, positions, seen, masks, strict=True)
+    return tuple(_choose(*row) for row in arguments)
+
+
+def _choose(
+    logits: torch.Tensor, sampling: Sampling, position: int, seen: Sequence[int], allowed: torch.Tensor
+) -> Choice:
+    scores = warp(logits, seen, sampling, allowed)
+    if sampling.greedy:
+        chosen = int(scores.argmax())  # of equals the lowest id, as torch documents argmax
+    else:
+        if sampling.seed is None:
+            raise InputError("seed: found None in a row that draws, expected one (see Sampling.seeded)")
+        # Only what was kept needs noise, at top_k=50 that is 50 ids of 32,064. It is drawn on the CPU: not
+        # every device has float64, and logarithms may differ in the last bit between devices.
+        kept = scores.isfinite().nonzero().squeeze(-1)
+        ids = kept.cpu()
+        noisy = scores[kept].cpu().double() + gumbel_noise(sampling.seed, position, ids)
+        chosen = int(ids[noisy.argmax()])
+    logprobs = logits.log_softmax(dim=-1)
+    return Choice(
+        id=chosen,
+        logprob=float(logprobs[chosen]),
+        sampled_logprob=float(scores.log_softmax(dim=-1)[chosen]),
+        alternatives=_best(logprobs.masked_fill(~allowed, -math.inf), sampling.top_logprobs),
+    )
+
+
+def _best(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    if count == 0:
+        return ()
+    values, ids = logprobs.sort(descending=True, stable=True)  # topk promises no order among equals
+    pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
+    return tuple((token_id, value) for token_id, value in pairs if value > -math.inf)
+
+
+def warp(
+    logits: torch.Tensor, seen: Sequence[int], sampling: Sampling, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The scores one row chooses from: logits [V] float32 -> [V] float32, -inf where an id may not be chosen.
+
+    In this order: `allowed`, repetition penalty, temperature, top-k, top-p, min-p. Each reads the result of
+    the one before, so top-p is a share of what top-k kept. A greedy row stops after the penalty.
+
+    Equal scores share one fate: if the last kept score has equals, all of them are kept, and the result does
+    not depend on the order in which a sort leaves them. Probabilities .4 .2 .2 .2 with top_p=0.5 keep all
+    four; transformers keeps .4 and the one .2 that its sort put last. Without such ties the kept set is
+    transformers'.
+
+    Ids in `seen` at or beyond V (an image placeholder that the head cannot produce) have no score to
+    penalise. Raises InputError when `allowed` leaves nothing or the scores overflow float32.
+    """
+    scores = logits
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+        if float(scores.max()) == -math.inf:
+            raise InputError("allowed: found no id of positive probability, expected at least one")
+    if sampling.repetition_penalty != 1:
+        scores = _penalise(scores, seen, float(sampling.repetition_penalty))
+    if sampling.temperature is not None and not sampling.greedy:
+        scores = scores / float(sampling.temperature)
+    if not math.isfinite(scores.max()):
+        raise InputError(
+            f"temperature={sampling.temperature}, repetition_penalty={sampling.repetition_penalty}: "
+            "found scores beyond the range of float32, expected settings nearer to 1"
+        )
+    if sampling.greedy:
+        return scores
+    if sampling.top_k is not None:
+        worst = scores.topk(min(sampling.top_k, len(scores))).values[-1]
+        scores = scores.masked_fill(scores < worst, -math.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        scores = scores.masked_fill(scores < _nucleus_boundary(scores, sampling.top_p), -math.inf)
+    if sampling.min_p is not None:
+        probabilities = scores.softmax(dim=-1)
+        scores = scores.masked_fill(probabilities < sampling.min_p * probabilities.max(), -math.inf)
+    return scores
+
+
+def _penalise(scores: torch.Tensor, seen: Sequence[int], penalty: float) -> torch.Tensor:
+    """Every id of `seen` made less likely, once however often it occurs. By 2: 3 -> 1.5, -3 -> -6."""
+    ids = sorted(set(seen))
+    if ids and ids[0] < 0:
+        raise InputError(f"seen: found id {ids[0]}, expected ids of at least 0")
+    occurs = torch.zeros_like(scores, dtype=torch.bool)
+    occurs[[token_id for token_id in ids if token_id < len(scores)]] = True
+    return torch.where(occurs, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _nucleus_boundary(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The worst score of the smallest set of best scores whose probability reaches `top_p`.
+
+    Summed from the worst upward, as transformers does, so that float32 rounds alike. Probabilities .5 .3 .15
+    .05 and top_p=0.7 give sums .05 .2 .5 1.0 against 1 - 0.7: the first two go, and .3, which crosses 0.7,
+    stays.
+    """
+    ordered = scores.sort().values
+    mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+    dropped = int((mass <= 1 - top_p).sum())
+    return ordered[min(dropped, len(ordered) - 1)]  # the best score is always kept
+
+
+def gumbel_noise(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for `ids` [n] int64, all below 2**32, at `position` -> [n] float64.
+
+    The seed's low and high word are Philox's key; (id, low word of position, high word, 0) is its counter.
+    """
+    if not 0 <= position < 2**64:
+        raise InputError(f"position: found {position}, expected an integer from 0 to 2**64 - 1")
+    low, high = (torch.full_like(ids, word) for word in (position & WORD, position >> 32))
+    words = philox4x32((ids, low, high, torch.zeros_like(ids)), (seed & WORD, seed >> 32))
+    return gumbel_of_bits(words[0], words[1])
+
+
+def gumbel_of_bits(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """64 random bits in two words of int64 [n] -> standard Gumbel noise [n] float64.
+
+    v = (bits + 1/2) / 2**64 is uniform in (0, 1), and -log(-log1p(-v)) is Gumbel. Unlikely ids win by large
+    noise, so that tail is tied to small v, where float64 keeps every bit: v is never below 2**-65, and noise
+    reaches 65 log 2 = 45.05. (The usual -log(-log(u)) with 24 bits stops at 16.6: an id 25 below the best
+    never wins.) At the other end v would round to 1, and noise to -inf, once in 2**54 draws; the clamp to
+    1 - 2**-53 bounds it at -3.60.
+    """
+    v = (high.double() * 2.0**32 + (low.double() + 0.5)) * 2.0**-64
+    return -torch.log(-torch.log1p(-v.clamp(max=1 - 2.0**-53)))
+
+
+def philox4x32(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four counter words int64 [n] and two key words -> four random words int64 [n]."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high2, low2 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(word: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of a 32 x 32 bit product.
+
+    The product may pass 2**63 and wrap to a negative int64. Its 64 bits are right all the same, and the mask
+    removes the copies of the sign bit that the shift brings in.
+    """
+    product = word * factor
+    return (product >> 32) & WORD, product & WORD
