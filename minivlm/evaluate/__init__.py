@@ -1,0 +1,1 @@
+"""Evaluation of the shipped checkpoint on held-out pictures."""

@@ -1,0 +1,1 @@
+"""Training: a drawn world, LLaVA's stages, resumable runs."""

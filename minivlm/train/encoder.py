@@ -1,0 +1,103 @@
+"""Stage 0a: a vision tower that sees, trained to name what every patch of a drawn page shows.
+
+A published LLaVA starts from CLIP's tower; where none can be downloaded this dense supervision replaces it. The heads
+here exist during training only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, smooth_l1_loss
+
+from minivlm.processor.pixels import ImageConfig
+from minivlm.train.pages import CHARACTERS, page, patch_labels
+from minivlm.train.world import COLOURS, SHAPES
+from minivlm.vision.clip import CLIPVisionModel
+
+CLASSES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "char": len(CHARACTERS) + 1}
+BOX_SCALE = 10.0  # brings a box side (shares of a tile) near the size of the class losses
+TRAIN_PAGES, HELD_OUT_PAGES = 10, 11  # names of random streams
+
+
+class PatchHeads(nn.Module):
+    """One linear layer per question about a patch."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.classes = nn.ModuleDict({name: nn.Linear(width, n) for name, n in CLASSES.items()})
+        self.box = nn.Linear(width, 4)
+
+
+@dataclass(frozen=True)
+class PageBatch:
+    """N pages: tiles float32 [N, 3, S, S], labels int64 [N, P] by name, box float32 [N, P, 4], valid bool [N, P]."""
+
+    tiles: Tensor
+    labels: dict[str, Tensor]
+    box: Tensor
+    valid: Tensor
+
+
+def normalised(pictures: np.ndarray, config: ImageConfig) -> Tensor:
+    """uint8 [N, S, S, 3] -> float32 [N, 3, S, S], as the processor normalises a tile."""
+    mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+    tiles = (torch.from_numpy(pictures).float() / 255 - mean) / std
+    return tiles.permute(0, 3, 1, 2).contiguous()
+
+
+def page_batch(rng: np.random.Generator, n: int, config: ImageConfig, patch: int) -> PageBatch:
+    """Draw n pages of one tile each."""
+    pictures, labels = [], []
+    for _ in range(n):
+        picture, ids, table = page(rng, config.tile)
+        pictures.append(picture)
+        labels.append(patch_labels(ids, table, patch))
+    stacked = {key: torch.from_numpy(np.stack([label[key] for label in labels])) for key in labels[0]}
+    box, valid = stacked.pop("box"), stacked.pop("valid")
+    return PageBatch(normalised(np.stack(pictures), config), stacked, box, valid)
+
+
+def patch_loss(
+    tower: CLIPVisionModel, heads: PatchHeads, batch: PageBatch, depth: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of shape, colour and character, and smooth L1 of the box, over patches; with patch accuracies.
+
+    Background patches count for the classes (label 0) and not for the accuracies reported.
+    """
+    features = tower(batch.tiles, (depth,))[0][:, 1:]  # [N, P, Dv]
+    loss, report = torch.zeros((), device=features.device), {}
+    for name, head in heads.classes.items():
+        logits = head(features).float()  # [N, P, classes]
+        labels = batch.labels[name]
+        loss = loss + cross_entropy(logits.flatten(0, 1), labels.flatten())
+        named = labels > 0
+        report[name] = ((logits.argmax(-1) == labels) & named).sum().item() / max(1, named.sum().item())
+    distance = heads.box(features).float()[batch.valid]
+    return loss + BOX_SCALE * smooth_l1_loss(distance, batch.box[batch.valid], beta=0.02), report
+
+
+@dataclass(frozen=True)
+class EncoderStage:
+    """Batches and loss of the stage; batch `step` is a function of the seed and the step alone."""
+
+    tower: CLIPVisionModel
+    heads: PatchHeads
+    images: ImageConfig
+    patch: int
+    batch: int
+    seed: int
+
+    def make_batch(self, step: int) -> PageBatch:
+        return page_batch(np.random.default_rng([self.seed, TRAIN_PAGES, step]), self.batch, self.images, self.patch)
+
+    def loss(self, batch: PageBatch) -> tuple[Tensor, dict[str, float]]:
+        return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers))
+
+    def held_out(self) -> dict[str, float]:
+        """Loss and patch accuracies on 512 pages that no step draws."""
+        batch = page_batch(np.random.default_rng([self.seed, HELD_OUT_PAGES]), 512, self.images, self.patch)
+        with torch.no_grad():
+            loss, report = self.loss(batch)
+        return {"held_out_loss": loss.item(), **{f"held_out_{key}": value for key, value in report.items()}}

@@ -1,0 +1,105 @@
+"""`minivlm train`: the stages of the recipe one after the other, from nothing to a checkpoint folder.
+
+Stages: the encoder learns to see (encoder.py), the decoder learns the language of the world from descriptions in
+words, then LLaVA's two: the projector alone, then projector and decoder (dialogues.py).
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minivlm.checkpoint import save
+from minivlm.errors import InputError
+from minivlm.ops.backend import SDPA
+from minivlm.processor import Processor
+from minivlm.processor.anyres import VisionGeometry
+from minivlm.processor.pixels import ImageConfig
+from minivlm.processor.prompts import TEMPLATES
+from minivlm.processor.tokens import Tokenizer
+from minivlm.train import recipe
+from minivlm.train.dialogues import Dialogues, DialogueStage
+from minivlm.train.encoder import EncoderStage, PatchHeads
+from minivlm.train.loop import Stage, run_stage
+from minivlm.train.state import load_modules, read_progress, truncate_log
+from minivlm.train.tokenizer import IMAGE, PAD, build_tokenizer
+from minivlm.vlm import VLM, VLMConfig
+
+
+def new_processor(folder: Path) -> Processor:
+    """The processor of minivlm-tiny around a tokenizer built into `folder`."""
+    backend = build_tokenizer(folder / "tokenizer.json")
+    pinpoints = tuple((height, width) for height, width in recipe.CONFIG["image_grid_pinpoints"])
+    return Processor(
+        tokenizer=Tokenizer(backend, image_token=IMAGE, pad_token=PAD),
+        image_config=ImageConfig(tile=recipe.TILE, image_grid_pinpoints=pinpoints, resize=recipe.TILE),
+        geometry=VisionGeometry(recipe.TILE, recipe.PATCH, pinpoints),
+        chat_template=TEMPLATES["mistral_instruct"],
+    )
+
+
+def config_values(processor: Processor) -> dict[str, Any]:
+    """The config.json of minivlm-tiny: the recipe's with the tokenizer's numbers."""
+    tokenizer, values = processor.tokenizer, dict(recipe.CONFIG)
+    text = dict(values["text_config"], vocab_size=tokenizer.backend.get_vocab_size())
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return values | {"text_config": text, "image_token_index": tokenizer.image_token_id}
+
+
+def new_modules(processor: Processor) -> nn.ModuleDict:
+    """The untrained model and the encoder's temporary heads, initialised from the recipe's seed."""
+    torch.manual_seed(recipe.SEED)
+    vlm = VLM(VLMConfig.from_hf(config_values(processor), "recipe"), SDPA)
+    for module in vlm.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    return nn.ModuleDict({"vlm": vlm, "heads": PatchHeads(vlm.config.vision.hidden_size)})
+
+
+def task_of(stage: Stage, working: nn.ModuleDict, processor: Processor) -> EncoderStage | DialogueStage:
+    """What a stage trains on; stages of dialogues begin at scenes of their own."""
+    if stage.name == "encoder":
+        tower, heads = working["vlm"].vision_tower, working["heads"]
+        return EncoderStage(tower, heads, processor.image_config, recipe.PATCH, stage.batch, recipe.SEED)
+    first = recipe.FIRST_SCENE[stage.name]
+    dialogues = Dialogues(processor, recipe.SEED, stage.batch, stage.name != "decoder", first)
+    return DialogueStage(working["vlm"], dialogues)
+
+
+def train(folder: Path, stages: tuple[Stage, ...], device: str, workers: int, save_seconds: float) -> Path:
+    """Run or resume the stages in `folder`; returns the finished checkpoint's folder, `folder / "checkpoint"`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = new_processor(folder)
+    modules = new_modules(processor).to(device)
+    names = [stage.name for stage in stages]
+    progress = read_progress(folder)
+    if progress is not None:
+        at = names.index(progress.stage) if progress.stage in names else -1
+        if at < 0 or progress.recipe != recipe.fingerprint(stages[: at + 1]):
+            raise InputError(f"{folder}: holds a run of another recipe; name another folder or delete this one")
+        load_modules(folder, modules)
+        truncate_log(folder, lambda entry: (names.index(entry["stage"]), entry["step"]) <= (at, progress.step))
+    working = copy.deepcopy(modules).to(torch.bfloat16)
+    for i, stage in enumerate(stages):
+        first = 0
+        if progress is not None and i <= at:
+            first = progress.step if i == at else stage.steps
+        if first < stage.steps:
+            task = task_of(stage, working, processor)
+            fingerprint = recipe.fingerprint(stages[: i + 1])
+            run_stage(stage, first, fingerprint, folder, modules, working, task, save_seconds, workers)
+    checkpoint = folder / "checkpoint"
+    write_checkpoint(checkpoint, modules, processor)
+    return checkpoint
+
+
+def write_checkpoint(folder: Path, modules: nn.ModuleDict, processor: Processor) -> None:
+    """Write the model in bfloat16, as it was trained to run, with its processor: what transformers and `load` read."""
+    vlm = copy.deepcopy(modules["vlm"]).to(device="cpu", dtype=torch.bfloat16)
+    tokenizer = processor.tokenizer
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    generation["pad_token_id"] = tokenizer.pad_token_id
+    save(vlm, folder, config_values(processor), generation)
+    processor.save(folder)

@@ -1,0 +1,104 @@
+"""A training run on disk: written atomically, resumed exactly. Safetensors and JSON only.
+
+A run's folder holds `state.safetensors` (parameters, optimiser moments, and in its metadata which step of which
+stage they belong to) and `log.jsonl` (one line per report). Killed at any moment, a run continues from the last
+state with the same batches and the same loss curve, because a batch is a function of its stage and step alone.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minivlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the next step of which stage, under which recipe."""
+
+    recipe: str
+    stage: str
+    step: int
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary path), flush to disk, then rename: readers see the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.part")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_state(
+    folder: Path, progress: Progress, modules: nn.ModuleDict, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Write parameters and optimiser moments of a run."""
+    tensors = {f"modules.{name}": value.contiguous() for name, value in _unique(modules).items()}
+    for i, optimizer in enumerate(optimizers):
+        for parameter, moments in optimizer.state_dict()["state"].items():
+            for name, value in moments.items():
+                tensors[f"optimizers.{i}.{parameter}.{name}"] = torch.as_tensor(value).contiguous()
+    metadata = {"recipe": progress.recipe, "stage": progress.stage, "step": str(progress.step)}
+    write_atomically(folder / "state.safetensors", lambda path: save_file(tensors, path, metadata))
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """Where the run in this folder stands; None where none was started."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return Progress(metadata["recipe"], metadata["stage"], int(metadata["step"]))
+
+
+def load_modules(folder: Path, modules: nn.ModuleDict) -> None:
+    """Fill `modules` from the run's state; raises InputError where names or shapes differ."""
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        found = {name for name in file.keys() if name.startswith("modules.")}  # noqa: SIM118 (not a dict)
+        wanted = _unique(modules)
+        if found != {f"modules.{name}" for name in wanted}:
+            differing = sorted(found ^ {f"modules.{name}" for name in wanted})
+            raise InputError(
+                f"{folder / 'state.safetensors'}: parameters differ from the recipe's, first {differing[0]}"
+            )
+        for name, parameter in wanted.items():
+            parameter.data.copy_(file.get_tensor(f"modules.{name}"))
+
+
+def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Fill the optimisers' moments from the run's state."""
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            if key.startswith("optimizers."):
+                _, i, parameter, name = key.split(".")
+                states[int(i)].setdefault(int(parameter), {})[name] = file.get_tensor(key)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def append_log(folder: Path, entry: dict) -> None:
+    """Add one line to the run's log."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def truncate_log(folder: Path, keep) -> None:
+    """Keep only the log lines of steps before the state that is resumed, so no step is reported twice."""
+    path = folder / "log.jsonl"
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if keep(json.loads(line))]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
+
+
+def _unique(modules: nn.ModuleDict) -> dict[str, Tensor]:
+    """Parameters by name, tied ones once."""
+    return {name: parameter.detach() for name, parameter in modules.named_parameters()}

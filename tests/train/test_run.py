@@ -1,0 +1,116 @@
+"""A training run: killed and resumed it follows the same curve, and its checkpoint loads everywhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import minivlm
+from minivlm.errors import InputError, NumericError
+from minivlm.train import recipe, run
+from minivlm.train.loop import run_stage
+from minivlm.train.optim import cosine
+
+# The four stages, two or three steps each.
+SMALL = tuple(replace(stage, steps=3, batch=2, warmup=1) for stage in recipe.STAGES)
+
+
+def train(folder, stages=SMALL):
+    return run.train(folder, stages, "cpu", workers=0, save_seconds=0.0)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
+@pytest.mark.parametrize("killed_at", [("encoder", 2), ("projector", 1), ("tune", 3)])
+def test_a_killed_run_resumes_with_the_same_loss_curve(finished, tmp_path, monkeypatch, killed_at):
+    """The process dies right after a state was written; run again, log and weights equal an undisturbed run's."""
+    from minivlm.train import loop
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(folder, progress, modules, optimizers):
+        save_state(folder, progress, modules, optimizers)
+        if (progress.stage, progress.step) == killed_at:
+            raise Killed
+
+    save_state = loop.save_state
+    monkeypatch.setattr(loop, "save_state", save_and_die)
+    with pytest.raises(Killed):
+        train(tmp_path)
+    monkeypatch.setattr(loop, "save_state", save_state)
+    train(tmp_path)
+    assert log(tmp_path) == log(finished)
+    name = "checkpoint/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    before = (finished / "log.jsonl").read_bytes()
+    train(finished)
+    assert (finished / "log.jsonl").read_bytes() == before
+
+
+def test_another_recipe_is_refused(finished):
+    with pytest.raises(InputError, match="another recipe"):
+        train(finished, (replace(SMALL[0], lr=1.0), *SMALL[1:]))
+
+
+def test_the_checkpoint_loads_here_and_in_transformers(finished):
+    folder = finished / "checkpoint"
+    ours = minivlm.load(folder, backend="reference")
+    theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    inputs = ours.processor("[INST] Is there a red star? [/INST]")
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor([inputs.ids])).logits[0]
+        assert torch.equal(ours.model([inputs]), logits)
+    assert logits.dtype == torch.bfloat16
+
+
+def test_a_stage_moves_only_what_it_trains(tmp_path):
+    """Stage by stage, the parameters that changed are exactly those the recipe names."""
+    processor = run.new_processor(tmp_path)
+    for stage in SMALL:
+        modules, working = run.new_modules(processor), run.new_modules(processor).to(torch.bfloat16)
+        before = {name: parameter.clone() for name, parameter in modules.named_parameters()}
+        run_stage(stage, 0, "x", tmp_path, modules, working, run.task_of(stage, working, processor), 1e9, 0)
+        moved = {name for name, value in modules.named_parameters() if not torch.equal(value, before[name])}
+        assert moved
+        assert all(name.startswith(stage.trains) for name in moved)
+        assert {name for name in before if name.startswith(stage.trains)} - moved <= unused(stage)
+
+
+def unused(stage):
+    """Parameters in a stage's reach that its loss does not touch."""
+    return {"vlm.vision_tower.post_layernorm.weight", "vlm.vision_tower.post_layernorm.bias"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    processor = run.new_processor(tmp_path)
+    modules, working = run.new_modules(processor), run.new_modules(processor).to(torch.bfloat16)
+    task = run.task_of(SMALL[1], working, processor)
+
+    class Broken:
+        make_batch, held_out = task.make_batch, task.held_out
+
+        def loss(self, batch):
+            loss, report = task.loss(batch)
+            return loss * float("nan"), report
+
+    with pytest.raises(NumericError, match="stage decoder, step 1: the loss is nan"):
+        run_stage(SMALL[1], 0, "x", tmp_path, modules, working, Broken(), 1e9, 0)
+
+
+def test_cosine_is_the_example_of_its_docstring():
+    assert [cosine(step, 100, 10) for step in (0, 9, 55, 100)] == pytest.approx([0.1, 1.0, 0.5, 0.0])
