@@ -50,10 +50,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a run of consecutive queries of a row may see of the row's first `keys` keys."""
+    """What a run of consecutive queries of a row may see of the row's keys lo .. hi - 1; of the others, nothing."""
 
     queries: int
-    keys: int
+    lo: int
+    hi: int
     visible: Visible
 
 
@@ -62,14 +63,17 @@ def sight(rows: Rows, window: int | None, device) -> tuple[tuple[Sight, ...], ..
     seen = []
     for row, (n, start, segments) in enumerate(zip(rows.lengths, rows.starts, rows.segments, strict=True)):
         t = start + n
+        lo = 0 if window is None else max(0, start + 1 - window)  # the first key that the first query sees
         if len(segments) > 1 and start == 0:  # the shared prefix is a plain causal row of its own
             prefix = segments[0]
-            rest = Sight(n - prefix, n, rows.visible(row, window, device)[prefix:])
-            seen.append((Sight(prefix, prefix, "causal"), rest) if prefix else (rest,))
-        elif len(segments) == 1 and (window is None or t <= window) and (n == 1 or start == 0):
-            seen.append((Sight(n, t, "all" if n == 1 else "causal"),))
+            rest = Sight(n - prefix, 0, n, rows.visible(row, window, device)[prefix:])
+            seen.append((Sight(prefix, 0, prefix, "causal"), rest) if prefix else (rest,))
+        elif len(segments) == 1 and n == 1:
+            seen.append((Sight(1, lo, t, "all"),))
+        elif len(segments) == 1 and start == 0 and (window is None or t <= window):
+            seen.append((Sight(n, 0, t, "causal"),))
         else:
-            seen.append((Sight(n, t, rows.visible(row, window, device)),))
+            seen.append((Sight(n, lo, t, rows.visible(row, window, device)[:, lo:]),))
     return tuple(seen)
 
 
@@ -94,6 +98,7 @@ def attend_rows(
         if cache is not None:
             k_row, v_row = cache.write(layer, rows.slots[row], rows.starts[row], k_row, v_row)  # [K, start + n, C]
         for look, q_part in zip(seen[row], q_row.split([look.queries for look in seen[row]], dim=1), strict=True):
-            out = attend(q_part[None], k_row[None, :, : look.keys], v_row[None, :, : look.keys], look.visible)
+            k_seen, v_seen = (part[None, :, look.lo : look.hi] for part in (k_row, v_row))  # [1, K, hi - lo, C]
+            out = attend(q_part[None], k_seen, v_seen, look.visible)
             outputs.append(rearrange(out, "1 h n c -> n (h c)"))
     return torch.cat(outputs)  # [S, H * C]
