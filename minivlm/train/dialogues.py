@@ -20,6 +20,7 @@ from minivlm.processor import Inputs, Processor
 from minivlm.processor.pixels import preprocess
 from minivlm.processor.prompts import question_to_messages
 from minivlm.train.draw import draw
+from minivlm.train.loop import HELD_OUT_BATCHES, mean_report
 from minivlm.train.questions import description, questions
 from minivlm.train.world import scene
 from minivlm.vlm import VLM
@@ -157,9 +158,4 @@ class DialogueStage:
     def held_out(self) -> dict[str, float]:
         """Loss and share of right tokens on pictures of the test split, teacher-forced."""
         with torch.no_grad():
-            results = [self.loss(self.dialogues.make_batch(step, "test")) for step in range(4)]
-        loss = sum(loss.item() for loss, _ in results) / len(results)
-        return {
-            "held_out_loss": loss,
-            "held_out_right": sum(report["right"] for _, report in results) / len(results),
-        }
+            return mean_report(self.loss(self.dialogues.make_batch(i, "test")) for i in range(HELD_OUT_BATCHES))

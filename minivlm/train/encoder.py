@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from minivlm.processor.pixels import ImageConfig
+from minivlm.train.loop import HELD_OUT_BATCHES, mean_report
 from minivlm.train.pages import CHARACTERS, page, patch_labels
 from minivlm.train.world import COLOURS, SHAPES
 from minivlm.vision.clip import CLIPVisionModel
@@ -90,14 +91,16 @@ class EncoderStage:
     seed: int
 
     def make_batch(self, step: int) -> PageBatch:
-        return page_batch(np.random.default_rng([self.seed, TRAIN_PAGES, step]), self.batch, self.images, self.patch)
+        return self.pages(TRAIN_PAGES, step)
+
+    def pages(self, stream: int, step: int) -> PageBatch:
+        """Batch `step` of one of the random streams."""
+        return page_batch(np.random.default_rng([self.seed, stream, step]), self.batch, self.images, self.patch)
 
     def loss(self, batch: PageBatch) -> tuple[Tensor, dict[str, float]]:
         return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers))
 
     def held_out(self) -> dict[str, float]:
-        """Loss and patch accuracies on 512 pages that no step draws."""
-        batch = page_batch(np.random.default_rng([self.seed, HELD_OUT_PAGES]), 512, self.images, self.patch)
+        """Loss and patch accuracies on pages that no step draws."""
         with torch.no_grad():
-            loss, report = self.loss(batch)
-        return {"held_out_loss": loss.item(), **{f"held_out_{key}": value for key, value in report.items()}}
+            return mean_report(self.loss(self.pages(HELD_OUT_PAGES, i)) for i in range(HELD_OUT_BATCHES))

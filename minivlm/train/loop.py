@@ -6,13 +6,13 @@ Forward and backward run in bfloat16 on a working copy; the optimiser keeps floa
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -20,8 +20,8 @@ from minivlm.errors import NumericError
 from minivlm.train.optim import build_optimizers, cosine
 from minivlm.train.state import Progress, append_log, load_optimizers, save_state
 
-REPORT_EVERY = 50  # steps
 CLIP_NORM = 1.0
+HELD_OUT_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Steps(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.make(self.first + index)
+
+
+def mean_report(results: Iterable[tuple[Tensor, dict[str, float]]]) -> dict[str, float]:
+    """The means over held-out batches of (loss, what else to report), named held_out_..."""
+    reports = [{"loss": loss.item(), **report} for loss, report in results]
+    return {f"held_out_{key}": sum(report[key] for report in reports) / len(reports) for key in reports[0]}
 
 
 class Masters:
@@ -101,8 +107,7 @@ def run_stage(
         load_optimizers(folder, optimizers)
     loader = DataLoader(Steps(task.make_batch, first, stage.steps), batch_size=None, num_workers=workers)
     bar = tqdm(loader, desc=stage.name, initial=first, total=stage.steps, unit="step")
-    totals: dict[str, float] = {}
-    seen, saved = 0, time.monotonic()
+    saved = time.monotonic()
     for done, batch in enumerate(bar, first + 1):
         loss, report = task.loss(batch)
         if not torch.isfinite(loss):
@@ -114,14 +119,9 @@ def run_stage(
                 group["lr"] = stage.lr * cosine(done - 1, stage.steps, stage.warmup)
             optimizer.step()
         masters.give_values()
-        for key, value in {"loss": loss.item(), **report}.items():
-            totals[key] = totals.get(key, 0.0) + value
-        seen += 1
-        if done % REPORT_EVERY == 0 or done == stage.steps:
-            means = {key: round(value / seen, 4) for key, value in totals.items()}
-            append_log(folder, {"stage": stage.name, "step": done, **means})
-            bar.set_postfix(means)
-            totals, seen = {}, 0
+        report = {"loss": loss.item(), **report}
+        append_log(folder, {"stage": stage.name, "step": done, **report})
+        bar.set_postfix({key: f"{value:.3f}" for key, value in report.items()})
         if done % max(1, stage.steps // 10) == 0 or done == stage.steps:
             append_log(folder, {"stage": stage.name, "step": done, **task.held_out()})
         if done == stage.steps or time.monotonic() - saved > save_seconds:

@@ -9,11 +9,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from minivlm.errors import InputError
+
 
 def build_optimizers(
     named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Optimisers over the given named parameters. `lr` is AdamW's; Muon's is matched to AdamW's update size."""
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(f"training needs PyTorch 2.9 or newer for its Muon optimiser, found {torch.__version__}")
     matrices, others = [], []
     for name, parameter in named:
         inside = parameter.ndim == 2 and ".layers." in name

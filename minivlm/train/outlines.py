@@ -109,9 +109,7 @@ def warped(points: np.ndarray, warp: Warp | None) -> np.ndarray:
     return points + warp.depth * shake
 
 
-def turned(
-    points: np.ndarray, degrees: float, scale_x: float, scale_y: float, slant: float = 0.0
-) -> np.ndarray:
+def turned(points: np.ndarray, degrees: float, scale_x: float, scale_y: float, slant: float = 0.0) -> np.ndarray:
     """Points scaled, slanted (x -= slant * y) and then rotated about the origin."""
     c, s = cos(radians(degrees)), sin(radians(degrees))
     matrix = np.array([[c, s], [-s, c]])  # row vectors: [x, y] @ matrix

@@ -162,9 +162,7 @@ def _presence(scene: Scene, rng: np.random.Generator, wanted: str | None) -> QA 
     elif by < 0.85:
         choices = shapes if answer == "yes" else [s for s in SHAPES if s not in shapes]
     else:
-        choices = [
-            f"{c} shape" for c in (colours if answer == "yes" else [c for c in COLOURS if c not in colours])
-        ]
+        choices = [f"{c} shape" for c in (colours if answer == "yes" else [c for c in COLOURS if c not in colours])]
     if not choices:
         return None
     question = _ask(rng, "presence", x=pick(rng, choices))
@@ -198,9 +196,7 @@ def _count_of(scene: Scene, rng: np.random.Generator, wanted: str | None) -> QA 
     # No name has more weight than another form of phrase: "red star" (42 names), "star" (6), "red shape" (7).
     single = [name for name in groups[wanted] if " " not in name or name.endswith("shape")]
     names = single if single and rng.random() < 0.6 else groups[wanted]
-    return QA(
-        "count_of", _ask(rng, "count_of", x=pick(rng, names)).replace("crosss", "crosses"), wanted, wanted
-    )
+    return QA("count_of", _ask(rng, "count_of", x=pick(rng, names)).replace("crosss", "crosses"), wanted, wanted)
 
 
 def _position(scene: Scene, rng: np.random.Generator, wanted: str | None) -> QA | None:
@@ -213,9 +209,7 @@ def _position(scene: Scene, rng: np.random.Generator, wanted: str | None) -> QA 
 
 
 def _box(scene: Scene, rng: np.random.Generator, wanted: str | None) -> QA | None:
-    choices = [
-        thing for thing in things(scene) if thing.phrases and (wanted is None or thing.phrases != ("text",))
-    ]
+    choices = [thing for thing in things(scene) if thing.phrases and (wanted is None or thing.phrases != ("text",))]
     if not choices:
         return None
     thing = pick(rng, choices)
@@ -276,9 +270,7 @@ _ASKERS = dict(
 )
 
 
-def question_of_kind(
-    scene: Scene, kind: str, rng: np.random.Generator, wanted: str | None = None
-) -> QA | None:
+def question_of_kind(scene: Scene, kind: str, rng: np.random.Generator, wanted: str | None = None) -> QA | None:
     """One question of a kind with varied wording, or None where the scene gives no unambiguous one.
 
     `wanted` is for held-out tables: the answer to ask for (presence, count, count_of, position); for the

@@ -175,9 +175,7 @@ def _shares(box: Box, width: int, height: int) -> Box:
     return box[0] / width, box[1] / height, box[2] / width, box[3] / height
 
 
-def _place_text(
-    rng: np.random.Generator, text: Text, width: int, height: int, gap: float
-) -> tuple[Text, Box]:
+def _place_text(rng: np.random.Generator, text: Text, width: int, height: int, gap: float) -> tuple[Text, Box]:
     """The text somewhere in an empty picture, made smaller where it would not fit; and its box in pixels."""
     x1, y1, x2, y2 = solid_extent(text_outlines(text))
     shrink = min(1.0, 0.94 * width / (x2 - x1), 0.94 * height / (y2 - y1))

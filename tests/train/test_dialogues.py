@@ -5,6 +5,7 @@ import torch
 
 from minivlm.errors import InputError
 from minivlm.processor import Inputs
+from minivlm.processor.prompts import question_to_messages
 from minivlm.train import run
 from minivlm.train.dialogues import IGNORE, Dialogues, dialogue_loss, expanded, labelled, shared_row
 
@@ -22,7 +23,8 @@ def vlm(processor):
 def test_labels_are_the_answer_and_its_end_token(processor):
     prompt, answer = labelled(processor, "What colour is the star?", "red", 1)
     assert processor.decode(answer, skip_special=False) == "red</s>"
-    served = processor.render([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the star?"}]}])  # fmt: skip
+    messages = question_to_messages("What colour is the star?", 1)
+    served = processor.render(messages)
     assert prompt == processor.tokenizer.encode(served)
 
 

@@ -13,6 +13,7 @@ from minivlm.train import recipe, run
 from minivlm.train.loop import run_stage
 from minivlm.train.optim import cosine
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs PyTorch 2.9's Muon")
 # The four stages, two or three steps each.
 SMALL = tuple(replace(stage, steps=3, batch=2, warmup=1) for stage in recipe.STAGES)
 
