@@ -58,7 +58,7 @@ PROJECTOR = Stage(
 TUNE = Stage(
     "tune",
     ("vlm.multi_modal_projector.", "vlm.image_newline", "vlm.language_model."),
-    steps=3600,
+    steps=3000,
     batch=24,
     lr=1.5e-3,
     warmup=100,
