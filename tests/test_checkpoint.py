@@ -35,6 +35,7 @@ FOLDER = Path(__file__).parent / "published"
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout(tiny_of, tmp_path, kind, layout, shards):
+    """checklist 18"""
     source, state = state_of(tiny_of(kind))
     folder = copy_of(source, tmp_path / "copy")
     write_weights(folder, {renamed(name, layout): tensor for name, tensor in state.items()}, shards)

@@ -86,6 +86,7 @@ def test_greedy_ids_equal_transformers(tiny_of, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_of_mixed_pictures_equals_rows_alone_and_transformers(tiny_of, kind):
+    """checklist 11, 14"""
     pair = tiny_of(kind)
     batch = run(pair.vlm, rows_of(pair.vlm, requests(), limit=25))
     for together, request in zip(batch, requests(), strict=True):
@@ -109,7 +110,7 @@ def test_greedy_ids_of_single_prompts_equal_transformers_in_low_precision(tiny_o
 
 
 def test_padding_is_irrelevant(tiny_of):
-    """transformers pads the short row by more and more; ours has nothing to pad, and neither changes."""
+    """checklist 12: transformers pads the short row by more and more; ours has nothing to pad, and neither changes."""
     pair = tiny_of("next-mistral")
     short = PROMPTS[0]
     answers = set()
@@ -174,7 +175,7 @@ def test_logprobs_and_alternatives_are_transformers_log_softmax(tiny_of, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunked_prefill_equals_whole_at_every_split(tiny_of, kind):
-    """Chunks of every size put a boundary on every position of two packed rows, inside pictures too."""
+    """checklist 17: chunks of every size put a boundary on every position of two packed rows, inside pictures too."""
     vlm = tiny_of(kind).vlm
     prompts = requests()[1:3]
     whole = run(vlm, rows_of(vlm, prompts, limit=3))
@@ -196,7 +197,7 @@ def test_parts_cut_the_packed_rows():
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_every_decode_step_sees_every_token(tiny_of, backend):
-    """Each step's distribution equals that of a fresh prefill of everything before it."""
+    """checklist 13: each step's distribution equals that of a fresh prefill of everything before it."""
     vlm = minivlm.load(tiny_of("next-mistral").folder, device="cpu", dtype="float32", backend=backend)
     (row,) = rows_of(vlm, requests()[1:2], Sampling(top_logprobs=20), limit=10)
     (reply,) = run(vlm, [row])
@@ -431,6 +432,7 @@ def test_stop_strings_hold_back_exactly_what_could_become_one(pieces, stops):
 
 
 def test_prompt_beyond_the_context_is_an_error(tmp_path):
+    """checklist 10"""
     vlm = minivlm.load(
         tiny.make_tiny(tmp_path, text={"max_position_embeddings": 40}), device="cpu", dtype="float32"
     )

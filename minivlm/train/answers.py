@@ -27,6 +27,7 @@ _BOX = re.compile(r"\[\s*(\d\.\d+),\s*(\d\.\d+),\s*(\d\.\d+),\s*(\d\.\d+)\s*\]")
 
 
 def parsed_box(answer: str) -> Box | None:
+    """The box that an answer is, or None: "[0.10, 0.20, 0.30, 0.40]" and nothing else."""
     found = _BOX.fullmatch(answer.strip())
     return tuple(float(share) for share in found.groups()) if found else None
 

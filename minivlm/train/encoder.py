@@ -1,6 +1,8 @@
 """Stage 0a: a vision tower that sees, trained to name what every patch of a drawn page shows.
 
-A published LLaVA starts from CLIP's tower; where none can be downloaded this dense supervision replaces it. The heads
+A published LLaVA starts from CLIP's tower; where none can be downloaded this dense supervision replaces it. First the
+box of a patch's object is told relative to the patch, which is easy to learn; then as a place in the tile, which is
+what a question "where" asks for and what a decoder could hardly work out from the order of image tokens. The heads
 here exist during training only.
 """
 
@@ -19,7 +21,7 @@ from minivlm.vision.clip import CLIPVisionModel
 
 CLASSES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "char": len(CHARACTERS) + 1}
 BOX_SCALE = 10.0  # brings a box side (shares of a tile) near the size of the class losses
-TRAIN_PAGES, HELD_OUT_PAGES = 10, 11  # names of random streams
+TRAIN_PAGES, HELD_OUT_PAGES, TILE_PAGES = 10, 11, 12  # names of random streams
 
 
 class PatchHeads(nn.Module):
@@ -33,7 +35,11 @@ class PatchHeads(nn.Module):
 
 @dataclass(frozen=True)
 class PageBatch:
-    """N pages: tiles float32 [N, 3, S, S], labels int64 [N, P] by name, box float32 [N, P, 4], valid bool [N, P]."""
+    """N pages: tiles float32 [N, 3, S, S], labels int64 [N, P] by name, box float32 [N, P, 4], valid bool [N, P].
+
+    box, in shares of the tile: from the patch's centre to its object's left, top, right and bottom side, outwards
+    positive; or, `in_tile`, the places of those sides in the tile.
+    """
 
     tiles: Tensor
     labels: dict[str, Tensor]
@@ -48,7 +54,7 @@ def normalised(pictures: np.ndarray, config: ImageConfig) -> Tensor:
     return tiles.permute(0, 3, 1, 2).contiguous()
 
 
-def page_batch(rng: np.random.Generator, n: int, config: ImageConfig, patch: int) -> PageBatch:
+def page_batch(rng: np.random.Generator, n: int, config: ImageConfig, patch: int, in_tile: bool) -> PageBatch:
     """Draw n pages of one tile each."""
     pictures, labels = [], []
     for _ in range(n):
@@ -57,13 +63,18 @@ def page_batch(rng: np.random.Generator, n: int, config: ImageConfig, patch: int
         labels.append(patch_labels(ids, table, patch))
     stacked = {key: torch.from_numpy(np.stack([label[key] for label in labels])) for key in labels[0]}
     box, valid = stacked.pop("box"), stacked.pop("valid")
+    if in_tile:  # a patch at x = 0.125 whose object ends 0.05 to its left and 0.2 to its right: 0.075, 0.325
+        side = torch.arange(0.5 * patch, config.tile, patch) / config.tile
+        centre = torch.cartesian_prod(side, side).flip(-1)  # [P, 2] as x, y, patches in reading order
+        box = torch.cat((centre - box[..., :2], centre + box[..., 2:]), dim=-1)
     return PageBatch(normalised(np.stack(pictures), config), stacked, box, valid)
 
 
 def patch_loss(
     tower: CLIPVisionModel, heads: PatchHeads, batch: PageBatch, depth: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of shape, colour and character, and smooth L1 of the box, over patches; with patch accuracies.
+    """Cross-entropy of shape, colour and character, and smooth L1 of the box, over patches; with patch accuracies
+    and the mean error of a box side in shares of the tile.
 
     Background patches count for the classes (label 0) and not for the accuracies reported.
     """
@@ -75,8 +86,9 @@ def patch_loss(
         loss = loss + cross_entropy(logits.flatten(0, 1), labels.flatten())
         named = labels > 0
         report[name] = ((logits.argmax(-1) == labels) & named).sum().item() / max(1, named.sum().item())
-    distance = heads.box(features).float()[batch.valid]
-    return loss + BOX_SCALE * smooth_l1_loss(distance, batch.box[batch.valid], beta=0.02), report
+    box, truth = heads.box(features).float()[batch.valid], batch.box[batch.valid]
+    report["box_error"] = (box.detach() - truth).abs().mean().item()
+    return loss + BOX_SCALE * smooth_l1_loss(box, truth, beta=0.02), report
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,15 @@ class EncoderStage:
     patch: int
     batch: int
     seed: int
+    in_tile: bool  # whether the box is told as a place in the tile
 
     def make_batch(self, step: int) -> PageBatch:
-        return self.pages(TRAIN_PAGES, step)
+        return self.pages(TILE_PAGES if self.in_tile else TRAIN_PAGES, step)
 
     def pages(self, stream: int, step: int) -> PageBatch:
         """Batch `step` of one of the random streams."""
-        return page_batch(np.random.default_rng([self.seed, stream, step]), self.batch, self.images, self.patch)
+        rng = np.random.default_rng([self.seed, stream, step])
+        return page_batch(rng, self.batch, self.images, self.patch, self.in_tile)
 
     def loss(self, batch: PageBatch) -> tuple[Tensor, dict[str, float]]:
         return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers))

@@ -102,6 +102,7 @@ def densified(points: np.ndarray, pieces: int) -> np.ndarray:
 
 
 def warped(points: np.ndarray, warp: Warp | None) -> np.ndarray:
+    """Points [n, 2] as an unsteady hand would have drawn them; None leaves them as they are."""
     if warp is None:
         return points
     x, y = points[:, 0], points[:, 1]
@@ -151,6 +152,7 @@ def within(shape: str, points: np.ndarray, width: float) -> np.ndarray:
 
 
 def shifted(box: Box, x: float, y: float) -> Box:
+    """The box moved by x to the right and y down."""
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
 

@@ -94,6 +94,7 @@ class Thing:
 
 
 def things(scene: Scene) -> list[Thing]:
+    """What a scene shows, each with the phrases that mean it and nothing else in the scene."""
     shapes = [item.shape for item in scene.objects]
     colours = [item.colour for item in scene.objects]
     names = [f"{item.colour} {item.shape}" for item in scene.objects]

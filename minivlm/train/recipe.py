@@ -1,6 +1,7 @@
 """What `minivlm train` makes: the sizes of minivlm-tiny and the stages that train it, as data."""
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 
 from minivlm.train.loop import Stage
@@ -51,6 +52,7 @@ CONFIG = {
 }
 
 ENCODER = Stage("encoder", ("vlm.vision_tower.", "heads."), steps=2000, batch=128, lr=2e-3, warmup=100)
+PLACES = Stage("places", ENCODER.trains, steps=400, batch=128, lr=1e-3, warmup=20)
 DECODER = Stage("decoder", ("vlm.language_model.",), steps=700, batch=24, lr=2e-3, warmup=50)
 PROJECTOR = Stage(
     "projector", ("vlm.multi_modal_projector.", "vlm.image_newline"), steps=250, batch=16, lr=2e-3, warmup=20
@@ -58,12 +60,14 @@ PROJECTOR = Stage(
 TUNE = Stage(
     "tune",
     ("vlm.multi_modal_projector.", "vlm.image_newline", "vlm.language_model."),
-    steps=3000,
+    steps=1600,
     batch=24,
     lr=1.5e-3,
     warmup=100,
 )
-STAGES = (ENCODER, DECODER, PROJECTOR, TUNE)
+STAGES = (ENCODER, PLACES, DECODER, PROJECTOR, TUNE)
+# For a look at the machinery: every part runs and nothing is learned.
+SMALL_STAGES = tuple(replace(stage, steps=4, batch=2, warmup=1) for stage in STAGES)
 FIRST_SCENE = {"decoder": 0, "projector": 1_000_000, "tune": 2_000_000}  # no stage sees another's pictures
 
 

@@ -60,9 +60,9 @@ def new_modules(processor: Processor) -> nn.ModuleDict:
 
 def task_of(stage: Stage, working: nn.ModuleDict, processor: Processor) -> EncoderStage | DialogueStage:
     """What a stage trains on; stages of dialogues begin at scenes of their own."""
-    if stage.name == "encoder":
-        tower, heads = working["vlm"].vision_tower, working["heads"]
-        return EncoderStage(tower, heads, processor.image_config, recipe.PATCH, stage.batch, recipe.SEED)
+    if stage.name in ("encoder", "places"):
+        tower, heads, in_tile = working["vlm"].vision_tower, working["heads"], stage.name == "places"
+        return EncoderStage(tower, heads, processor.image_config, recipe.PATCH, stage.batch, recipe.SEED, in_tile)
     first = recipe.FIRST_SCENE[stage.name]
     dialogues = Dialogues(processor, recipe.SEED, stage.batch, stage.name != "decoder", first)
     return DialogueStage(working["vlm"], dialogues)

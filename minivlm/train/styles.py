@@ -56,10 +56,12 @@ class Finish:
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """One of the items, all equally likely."""
     return items[int(rng.random() * len(items))]
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """A number in [low, high)."""
     return low + (high - low) * float(rng.random())
 
 
@@ -82,6 +84,7 @@ def some(rng: np.random.Generator, items: tuple[str, ...]) -> list[str]:
 
 
 def random_warp(rng: np.random.Generator, chance: float, depth: float) -> Warp | None:
+    """With this chance a warp of at most this depth, in units of the shape, else None."""
     if rng.random() >= chance:
         return None
     return Warp(
@@ -93,6 +96,7 @@ def random_warp(rng: np.random.Generator, chance: float, depth: float) -> Warp |
 
 
 def random_style(rng: np.random.Generator, shape: str, colour: str) -> Style:
+    """How one object is drawn: colour, border, tilt, proportions; never so far that its shape or colour is in doubt."""
     rgb = colour_rgb(rng, colour)
     kind = rng.random()
     hollow = bool(kind < 0.2)
@@ -121,6 +125,7 @@ def shape_outline(shape: str, style: Style) -> np.ndarray:
 
 
 def random_finish(rng: np.random.Generator) -> Finish:
+    """What happens to a whole picture after drawing: more than half get none of blur, noise and JPEG."""
     smooth, kind = bool(rng.random() < 0.5), rng.random()
     return Finish(
         smooth,

@@ -74,6 +74,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Scene:
+    """A picture as data: sizes in pixels, the background, what lies on it, and the finish."""
+
     width: int
     height: int
     background: RGB
@@ -117,6 +119,7 @@ def text_outlines(text: Text) -> list[list[tuple[np.ndarray, bool]]]:
 
 
 def solid_extent(characters: list[list[tuple[np.ndarray, bool]]]) -> Box:
+    """The tight box of the ink, without the holes inside characters."""
     return extent([points for contours in characters for points, solid in contours if solid])
 
 
@@ -151,6 +154,7 @@ def random_text(rng: np.random.Generator, string: str, colour: str, height: floa
 
 
 def clashes(box: Box, others: list[Box], margin: float) -> bool:
+    """Whether a box comes nearer than the margin to any of the others."""
     return any(
         box[0] < other[2] + margin and other[0] < box[2] + margin
         and box[1] < other[3] + margin and other[1] < box[3] + margin

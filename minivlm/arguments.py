@@ -1,0 +1,146 @@
+"""The arguments of the command line: names, types, defaults, and the help that `--help` prints.
+
+It runs nothing. What a value may be is for those who use it to say; here it has only its type.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from minivlm import __version__, parity
+from minivlm.evaluate import heldout
+from minivlm.models import SHIPPED
+from minivlm.ops.backend import BACKENDS
+from minivlm.processor.prompts import TEMPLATES
+from minivlm.train.questions import KINDS
+
+BAD_INPUT = 2  # exit status
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that tells an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Wide(argparse.HelpFormatter):
+    """Help with room for the longest option in the left column."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26)
+
+
+def parser() -> _Parser:
+    """The parser of `minivlm`. What it returns has the command's name, or None, and `error` to end with a line."""
+    top = _Parser("minivlm", description="Ask a vision-language model about pictures.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"minivlm {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, add, usage, text in (
+        ("generate", _generate, "[QUESTION] [options]", "answer one question; without one, about a sample picture"),
+        ("chat", _chat, "[options]", "a dialogue in the terminal, with pictures"),
+        ("parity", _parity, "[QUESTION] [options]", "compare a checkpoint stage by stage with transformers"),
+        ("train", _train, "--out FOLDER [options]", f"train {SHIPPED} from nothing, or continue a run that stopped"),
+        ("eval", _eval, "[options]", f"ask {SHIPPED} held-out questions and print the table of scores"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            usage=f"%(prog)s {usage}",
+            description=f"{text[0].upper()}{text[1:]}.",
+            allow_abbrev=False,
+            formatter_class=_Wide,
+        )
+        command.set_defaults(error=command.error)
+        add(command)
+    return top
+
+
+def _generate(parser: _Parser) -> None:
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="the question; - reads it from stdin")
+    _image_option(parser)
+    parser.add_argument("--raw", action="store_true", help="QUESTION is the prompt itself, <image> for each picture")
+    _json_option(parser)
+    _answer_options(parser)
+    parser.add_argument("--top-logprobs", type=int, metavar="N", help="with --json: the N likeliest of every token")
+    _load_options(parser)
+
+
+def _chat(parser: _Parser) -> None:
+    _image_option(parser)
+    _answer_options(parser)
+    _load_options(parser)
+
+
+def _parity(parser: _Parser) -> None:
+    parser.add_argument("question", nargs="?", metavar="QUESTION", default=parity.QUESTION, help="what to ask")
+    parser.add_argument("--image", metavar="PATH_OR_URL", help="the picture (default: one that is drawn)")
+    parser.add_argument("--raw", action="store_true", help="QUESTION is the prompt itself, <image> for the picture")
+    parser.add_argument("--tokens", type=int, default=20, metavar="N", help="greedy tokens to compare (default 20)")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="largest relative difference (default: none for "
+                        "backend reference on a CPU, else twice that of transformers' own attentions)")  # fmt: skip
+    _json_option(parser)
+    _model_options(parser, device="cpu", backend="reference")
+
+
+def _train(parser: _Parser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the run; FOLDER/checkpoint at last")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), metavar="N",
+                        help="processes that draw pictures (default: all cores but one)")  # fmt: skip
+    parser.add_argument("--save-seconds", type=float, default=60, metavar="S", help="save every S seconds (default 60)")
+    parser.add_argument("--small", action="store_true", help="a few steps of every stage, to see it run")
+
+
+def _eval(parser: _Parser) -> None:
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--count", type=int, default=heldout.COUNT, metavar="N",
+                        help=f"questions of each kind (default {heldout.COUNT})")  # fmt: skip
+    renderers = [*heldout.RENDERERS, "all"]
+    parser.add_argument("--renderer", nargs="+", choices=renderers, default=[heldout.SCENE], metavar="NAME",
+                        help=f"who draws the pictures: {', '.join(renderers)} (default {heldout.SCENE})")  # fmt: skip
+    parser.add_argument("--require", action="store_true", help="exit with 1 if a required score is not reached")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other pictures and questions (default 0)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="questions at a time (default 16)")
+    _json_option(parser)
+    _load_options(parser)
+
+
+def _image_option(parser: _Parser) -> None:
+    parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL", help="a picture; repeatable")
+
+
+def _json_option(parser: _Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _answer_options(parser: _Parser) -> None:
+    """The fields of Options and Sampling; without any the answer is greedy."""
+    group = parser.add_argument_group("the answer, greedy unless an option for sampling is given")
+    group.add_argument("--system", metavar="TEXT", help="instructions before the dialogue")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="end after N tokens")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; repeatable")
+    group.add_argument("--temperature", type=float, metavar="T", help="sampling: divides the scores")
+    group.add_argument("--top-k", type=int, metavar="K", help="sampling: keep the K best tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="sampling: keep the best that have probability P")
+    group.add_argument("--min-p", type=float, metavar="P", help="sampling: keep what has P times the best's")
+    group.add_argument("--seed", type=int, metavar="N", help="sampling: the same seed draws the same answer")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
+
+
+def _model_options(parser: _Parser, device: str = "auto", backend: str = "auto") -> argparse._ArgumentGroup:
+    """What says which model runs, and how."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--model", metavar="MODEL", help=f"a folder or a hub id (default: {SHIPPED}, which is shipped)")
+    group.add_argument("--device", default=device, help=f"auto, cpu, cuda, cuda:N or mps (default {device})")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
+    group.add_argument("--backend", default=backend, help=f"auto, {' or '.join(BACKENDS)} (default {backend})")
+    return group
+
+
+def _load_options(parser: _Parser) -> None:
+    """The arguments of minivlm.load."""
+    formats = ", ".join(TEMPLATES)
+    group = _model_options(parser)
+    group.add_argument("--prompt-format", metavar="NAME", help=f"if the folder has no chat template: {formats}")

@@ -1,0 +1,250 @@
+"""The command line, `minivlm`: runs a command and prints; the work is done elsewhere (arguments.py has the options).
+
+Answers go to stdout, everything else to stderr. Exit status: 0; 1 for a failed check; 2 for bad usage or bad input,
+with one line that says what; 130 after Ctrl-C; 141 when the reader of stdout has gone.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any, TextIO
+
+import torch
+from safetensors import SafetensorError
+
+import minivlm
+from minivlm import hub, parity
+from minivlm.answer import Options, Reply, Settings
+from minivlm.arguments import BAD_INPUT, parser
+from minivlm.errors import InputError, NumericError
+from minivlm.evaluate import heldout
+from minivlm.models import SHIPPED
+from minivlm.pipeline import Pipeline, choose_device
+from minivlm.processor.images import load_image
+from minivlm.processor.prompts import question_to_messages
+from minivlm.shards import one_line
+from minivlm.terminal import dialogue, say, show, utf8
+from minivlm.train import recipe
+from minivlm.train.run import train
+from minivlm.train.state import read_progress
+
+SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "What is in the picture?"
+FAILED, INTERRUPTED, NO_READER = 1, 130, 141
+# What has a line to show and no need of a traceback.
+TOLD = (InputError, NumericError, OSError, SafetensorError, torch.OutOfMemoryError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    sys.stdin, sys.stdout, sys.stderr = _opened(sys.stdin, "r"), _opened(sys.stdout, "w"), _opened(sys.stderr, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a character that the terminal lacks, show the number
+    try:
+        try:
+            status = _run(argv)
+        except SystemExit as ended:  # --help, --version and bad usage
+            status = ended.code
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_unwritable()
+        return NO_READER
+    except TOLD as error:
+        say(f"minivlm: {one_line(error)}")
+        _drop_unwritable()
+        return BAD_INPUT
+
+
+def _opened(stream: TextIO | None, mode: str) -> TextIO:
+    """The stream; nothing to read and nowhere to write if it was closed before Python began."""
+    return open(os.devnull, mode) if stream is None else stream
+
+
+def _drop_unwritable() -> None:
+    """If stdout cannot take what it still holds (pipe closed, disk full), let it go: exiting would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if arguments.command is None:
+        top.error(f"expected a command: {', '.join(COMMANDS)}")
+    if rest and rest[0].startswith("-"):
+        arguments.error(f"unknown option {rest[0]}")
+    if rest:
+        arguments.error(f"unexpected argument {rest[0]!r}; a text of several words needs quotes")
+    return COMMANDS[arguments.command](arguments)
+
+
+# Commands: each takes the parsed arguments and returns the exit status.
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    if arguments.top_logprobs and not arguments.json:
+        raise InputError("--top-logprobs: alternatives are part of --json, expected both")
+    if arguments.raw and (arguments.question is None or arguments.system is not None):
+        raise InputError("--raw: expected the whole prompt as the question, and no --system")
+    question, paths = _question(arguments.question), arguments.image
+    if arguments.question is None and not paths:
+        paths = [str(hub.resolve(None) / SAMPLE_PICTURE)]
+    if arguments.question is None:
+        for line in (*(f"picture   {path}" for path in paths), f"question  {question}"):
+            say(line)
+    pictures = [load_image(path) for path in paths]
+    vlm, seconds = _load(arguments)
+    prompt: Any = question
+    if not arguments.raw:
+        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+        prompt = [*system, *question_to_messages(question, len(pictures))]
+    inputs = vlm.inputs(prompt, pictures, arguments.raw)
+    seed = Options.of(settings).sampling.seeded().seed
+    if seed is not None:
+        settings["seed"] = seed
+    if arguments.json:
+        reply = vlm.generate(inputs, **settings)
+        asked = {"model": arguments.model or SHIPPED, "question": question, "images": paths}
+        print(json.dumps(_plain(reply) | asked | _computed(vlm) | {"load_seconds": seconds}, ensure_ascii=False))
+        return 0
+    tokens, first, rest = show(vlm.stream(inputs, **settings))
+    _summarise(vlm, Reply(tuple(tokens), len(inputs.ids), seed, first, rest), arguments.max_new_tokens)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    settings = _settings(arguments)
+    pictures = [load_image(path) for path in arguments.image]
+    vlm, _ = _load(arguments)
+    if sys.stdin.isatty():
+        say(f"{arguments.model or SHIPPED}, {_where(vlm)}. /image PATH shows a picture, /help lists the commands.")
+    return dialogue(vlm.chat(arguments.system), pictures, settings)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    report = parity.run(
+        arguments.model,
+        arguments.image,
+        _question(arguments.question),
+        arguments.dtype,
+        arguments.backend,
+        arguments.tokens,
+        arguments.tolerance,
+        arguments.device,
+        arguments.raw,
+    )
+    print(json.dumps(report.to_json()) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else FAILED
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    for name, value in (("--workers", arguments.workers), ("--save-seconds", arguments.save_seconds)):
+        if not value >= 0:
+            raise InputError(f"{name}: found {value}, expected at least 0")
+    device = choose_device(arguments.device)
+    stages = recipe.SMALL_STAGES if arguments.small else recipe.STAGES
+    progress = read_progress(arguments.out)
+    if progress is not None:
+        say(f"{arguments.out}: continues after step {progress.step} of stage {progress.stage}")
+    try:
+        folder = train(arguments.out, stages, str(device), arguments.workers, arguments.save_seconds)
+    except KeyboardInterrupt:
+        say("stopped; the same command continues after the last saved step")
+        raise
+    print(folder)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    every = "all" in arguments.renderer
+    renderers = [name for name in heldout.RENDERERS if every or name in arguments.renderer]
+    required = {kind for kind, _ in heldout.REQUIRED}
+    if arguments.require and (heldout.SCENE not in renderers or not required & set(arguments.kinds)):
+        raise InputError("--require: nothing required is measured with these --kinds and --renderer")
+    vlm, _ = _load(arguments)
+    answers = {
+        name: heldout.evaluate(vlm, arguments.kinds, arguments.count, name, arguments.seed, arguments.batch)
+        for name in renderers
+    }
+    report = heldout.Report(arguments.model or SHIPPED, arguments.seed, answers)
+    if arguments.json:
+        print(json.dumps(report.to_json() | _computed(vlm), ensure_ascii=False))
+    else:
+        print("\n".join(report.lines()))
+    return FAILED if arguments.require and not report.ok else 0
+
+
+COMMANDS = {"generate": _generate, "chat": _chat, "parity": _parity, "train": _train, "eval": _eval}
+
+
+# What commands share.
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Pipeline, float]:
+    """The model that the arguments name, and the seconds it took."""
+    began = perf_counter()
+    named = (arguments.model, arguments.device, arguments.dtype, arguments.backend, arguments.prompt_format)
+    return minivlm.load(*named), perf_counter() - began
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """The settings given, checked: a bad one should not wait for a model to be loaded."""
+    names = Settings.__annotations__
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    Options.of(given)
+    return given
+
+
+def _question(text: str | None) -> str:
+    """The text to ask; "-" is read from stdin, without its last line break."""
+    if text is None:
+        return SAMPLE_QUESTION
+    if text == "-":
+        sys.stdin.reconfigure(errors="surrogateescape")  # `utf8` tells of bytes that are no text
+        text = sys.stdin.read().removesuffix("\n")
+    if not text.strip():
+        raise InputError("question: is empty")
+    return utf8(text, "question")
+
+
+def _computed(vlm: Pipeline) -> dict[str, str]:
+    weight = vlm.model.language_model.embed_tokens.weight
+    dtype, backend = str(weight.dtype).removeprefix("torch."), vlm.model.language_model.backend.name
+    return {"dtype": dtype, "device": str(weight.device), "backend": backend}
+
+
+def _where(vlm: Pipeline) -> str:
+    return "{dtype} on {device} by {backend}".format(**_computed(vlm))
+
+
+def _plain(reply: Reply) -> dict[str, Any]:
+    """A reply for json.dumps. Of its tokens only the last has a reason to finish, so it is told once."""
+    values = asdict(reply)
+    for token in values["tokens"]:
+        del token["finish_reason"]
+    return {"text": reply.text, "finish_reason": reply.finish_reason} | values
+
+
+def _summarise(vlm: Pipeline, reply: Reply, limit: int | None) -> None:
+    """One line on stderr: sizes, times, how it was computed, and what a reader may want to know of the end."""
+    later = len(reply.tokens) - 1
+    speed = f", {later / reply.decode_seconds:.0f} a second" if later and reply.decode_seconds else ""
+    tokens = f"{len(reply.tokens)} token{'s' if later else ''}{speed}"
+    parts = [f"prompt of {reply.prompt_tokens} tokens in {reply.prefill_seconds:.2f} s", tokens, _where(vlm)]
+    if reply.seed is not None:
+        parts.append(f"seed {reply.seed}")
+    if reply.finish_reason == "length":
+        parts.append("cut off, the context is full" if len(reply.tokens) != limit else "cut off by --max-new-tokens")
+    say("; ".join(parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
