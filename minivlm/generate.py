@@ -116,9 +116,7 @@ class Row:
             text=text,
             logprob=choice.logprob,
             sampled_logprob=choice.sampled_logprob,
-            alternatives=tuple(
-                Alternative(i, self.vocabulary.piece(i), logprob) for i, logprob in choice.alternatives
-            ),
+            alternatives=tuple(Alternative(i, self.vocabulary.piece(i), logprob) for i, logprob in choice.alternatives),
             finish_reason=self.finish_reason,
         )
 
@@ -128,9 +126,7 @@ def _limit(prompt: int, max_new_tokens: int | None, context: int) -> int:
     if prompt < 1:
         raise InputError("prompt: found no tokens, expected at least 1")
     if prompt >= context:
-        raise InputError(
-            f"prompt: found {prompt} tokens, expected fewer than the model's context of {context}"
-        )
+        raise InputError(f"prompt: found {prompt} tokens, expected fewer than the model's context of {context}")
     if max_new_tokens is None:
         return context
     if prompt + max_new_tokens > context:

@@ -107,9 +107,7 @@ class Pipeline:
         Each is the answer that `generate` gives to its pair alone.
         """
         options = Options.of(settings)
-        rows = [
-            self._row(self.inputs(*_pair(request, i), raw), options) for i, request in enumerate(requests)
-        ]
+        rows = [self._row(self.inputs(*_pair(request, i), raw), options) for i, request in enumerate(requests)]
         return self._collect(rows)
 
     def chat(self, system: str | None = None) -> Chat:
@@ -192,15 +190,9 @@ def choose_device(name: str | torch.device) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device: found {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device {name}: PyTorch {torch.__version__} finds no CUDA device, expected auto or cpu"
-        )
+        raise InputError(f"device {name}: PyTorch {torch.__version__} finds no CUDA device, expected auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices, numbered from 0"
-        )
+        raise InputError(f"device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices, numbered from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError(
-            f"device {name}: PyTorch {torch.__version__} finds no Metal device, expected auto or cpu"
-        )
+        raise InputError(f"device {name}: PyTorch {torch.__version__} finds no Metal device, expected auto or cpu")
     return device

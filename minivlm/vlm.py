@@ -83,10 +83,8 @@ class VLMConfig:
 
     def check(self, where: str) -> None:
         """Refuse combinations that no published model has and whose result would be undefined."""
-        if self.vision_feature_select_strategy not in ("default", "full"):
-            raise InputError(
-                f"{where}: vision_feature_select_strategy = {self.vision_feature_select_strategy!r}, expected 'default' or 'full'"
-            )
+        if (found := self.vision_feature_select_strategy) not in ("default", "full"):
+            raise InputError(f"{where}: vision_feature_select_strategy = {found!r}, expected 'default' or 'full'")
         if self.image_grid_pinpoints is not None:
             try:
                 check_pinpoints(self.image_grid_pinpoints, self.vision.image_size)
@@ -99,9 +97,8 @@ class VLMConfig:
         if self.projector_hidden_act not in ACTIVATIONS:
             raise InputError(f"{where}: projector_hidden_act = {self.projector_hidden_act!r} is not supported")
         if not 0 <= self.image_token_id < self.text.vocab_size:
-            raise InputError(
-                f"{where}: image_token_index = {self.image_token_id}, but the vocabulary has {self.text.vocab_size} rows"
-            )
+            rows = self.text.vocab_size
+            raise InputError(f"{where}: image_token_index = {self.image_token_id}, but the vocabulary has {rows} rows")
         layers = self.vision.num_hidden_layers
         for layer in self.vision_feature_layers:
             if not -layers - 1 <= layer <= layers:

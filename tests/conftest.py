@@ -33,9 +33,7 @@ def tiny_of(tmp_path_factory):
     def make(kind: str) -> Tiny:
         folder = tiny.make_tiny(tmp_path_factory.mktemp(kind), kind)
         vlm = minivlm.load(folder, device="cpu", dtype="float32", backend="reference")
-        oracle = tiny.MODELS[kind][0].from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
+        oracle = tiny.MODELS[kind][0].from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         return Tiny(folder, vlm, oracle, transformers.AutoProcessor.from_pretrained(folder))
 
     return make

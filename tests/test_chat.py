@@ -22,9 +22,7 @@ NO_EOS = """{% for message in messages %}{{ message['role'].upper() + ': ' }}\
 {% for part in message['content'] %}\
 {{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}\
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
-REWRITES = (
-    "{% for message in messages %}{{ messages | length }}{{ message['content'][0]['text'] }}{% endfor %}"
-)
+REWRITES = "{% for message in messages %}{{ messages | length }}{{ message['content'][0]['text'] }}{% endfor %}"
 
 
 @pytest.fixture
@@ -109,9 +107,7 @@ def test_ids_are_those_of_the_whole_dialogue_rendered(vlm, script, template, end
         messages = answered([*turns[:i], (question, pictures, None)], "Be kind.")
         whole = vlm.processor.chat(messages, images[: shown + pictures])
         assert list(chat.ids) == [*whole.ids, *ids]
-        pending = (
-            0 if i == 0 or ending == "stop" else 1
-        )  # the last id of an answer is not cached; eos is dropped
+        pending = 0 if i == 0 or ending == "stop" else 1  # the last id of an answer is not cached; eos is dropped
         assert sizes[0] == len(whole.ids) - held + pending
         assert sizes[1:] == [1] * (len(sizes) - 1)
     texts = [message["content"] for message in chat.messages if message["role"] == "assistant"]
@@ -220,9 +216,7 @@ def test_reset_forgets_all_but_the_system_text(vlm):
 
 def test_a_dialogue_to_the_end_of_the_context(tmp_path):
     """The cache grows with the turns; one that does not fit is refused, and a shorter one is answered."""
-    vlm = minivlm.load(
-        tiny.make_tiny(tmp_path, text={"max_position_embeddings": 90}), device="cpu", dtype="float32"
-    )
+    vlm = minivlm.load(tiny.make_tiny(tmp_path, text={"max_position_embeddings": 90}), device="cpu", dtype="float32")
     chat = vlm.chat()
     for _ in range(4):
         chat.say("why", max_new_tokens=6)

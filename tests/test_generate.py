@@ -39,10 +39,7 @@ def rows_of(
     vlm: minivlm.Pipeline, prompts: list, sampling: Sampling = GREEDY, limit: int | None = 12, stop=()
 ) -> list[Row]:
     options = Options(sampling, limit, stop)
-    return [
-        Row(vlm.inputs(text, images, raw=True), options, vlm.vocabulary, vlm.context)
-        for text, images in prompts
-    ]
+    return [Row(vlm.inputs(text, images, raw=True), options, vlm.vocabulary, vlm.context) for text, images in prompts]
 
 
 def run(vlm: minivlm.Pipeline, rows: list[Row], chunk: int = 8192) -> list[minivlm.Reply]:
@@ -125,8 +122,7 @@ def test_padding_is_irrelevant(tiny_of):
 def test_repetition_penalty_equals_transformers(tiny_of):
     pair = tiny_of("next-mistral")
     plain, penalised = (
-        run(pair.vlm, rows_of(pair.vlm, requests(), Sampling(repetition_penalty=penalty), 30))
-        for penalty in (1, 1.6)
+        run(pair.vlm, rows_of(pair.vlm, requests(), Sampling(repetition_penalty=penalty), 30)) for penalty in (1, 1.6)
     )
     assert [ids_of(reply) for reply in penalised] == oracle_ids(pair, requests(), 30, repetition_penalty=1.6)
     assert [ids_of(reply) for reply in penalised] != [ids_of(reply) for reply in plain]
@@ -139,10 +135,7 @@ def test_prompt_longer_than_the_sliding_window(tmp_path):
     for text in ("the cat is red", "a picture of two blue shapes and a cat, what colour is it"):
         (reply,) = run(vlm, rows_of(vlm, [(text, [])], limit=20))
         ids = torch.tensor([vlm.inputs(text, raw=True).ids])
-        assert (
-            ids_of(reply)
-            == oracle.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
-        )
+        assert ids_of(reply) == oracle.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,9 +155,7 @@ def test_logprobs_and_alternatives_are_transformers_log_softmax(tiny_of, kind):
     for i, token in enumerate(reply.tokens):
         assert token.logprob == pytest.approx(expected[i, token.id].item(), abs=1e-5)
         rank = warped.indices[i].tolist().index(token.id)
-        assert token.sampled_logprob == pytest.approx(
-            warped.values[i, :20].log_softmax(-1)[rank].item(), abs=1e-5
-        )
+        assert token.sampled_logprob == pytest.approx(warped.values[i, :20].log_softmax(-1)[rank].item(), abs=1e-5)
         best = expected[i].masked_fill(~pair.vlm.vocabulary.allowed, -torch.inf).topk(5)
         assert [alternative.id for alternative in token.alternatives] == best.indices.tolist()
         assert [a.logprob for a in token.alternatives] == pytest.approx(best.values.tolist(), abs=1e-5)
@@ -216,10 +207,7 @@ def test_finished_rows_leave_the_packed_batch(tiny_of):
     vlm = tiny_of("next-mistral").vlm
     sizes = []
     hook = vlm.model.language_model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
-    rows = [
-        rows_of(vlm, [request], limit=limit)[0]
-        for request, limit in zip(requests(), (2, 5, 3, 1), strict=True)
-    ]
+    rows = [rows_of(vlm, [request], limit=limit)[0] for request, limit in zip(requests(), (2, 5, 3, 1), strict=True)]
     try:
         replies = run(vlm, rows)
     finally:
@@ -287,9 +275,7 @@ def test_a_seed_replays_and_does_not_depend_on_neighbours(tiny_of):
     batch = run(vlm, rows_of(vlm, requests(), sampling))
     for reply, request in zip(batch, requests(), strict=True):
         assert_same(reply, run(vlm, rows_of(vlm, [request], sampling))[0])
-    unseeded = vlm.generate_batch(
-        [(request[0], []) for request in requests()[:1] * 2], raw=True, temperature=3.0
-    )
+    unseeded = vlm.generate_batch([(request[0], []) for request in requests()[:1] * 2], raw=True, temperature=3.0)
     assert ids_of(unseeded[0]) != ids_of(unseeded[1])  # rows without a seed get one each
     again = vlm.generate(requests()[0][0], raw=True, temperature=3.0, seed=unseeded[0].seed)
     assert ids_of(again) == ids_of(unseeded[0])
@@ -433,15 +419,11 @@ def test_stop_strings_hold_back_exactly_what_could_become_one(pieces, stops):
 
 def test_prompt_beyond_the_context_is_an_error(tmp_path):
     """checklist 10"""
-    vlm = minivlm.load(
-        tiny.make_tiny(tmp_path, text={"max_position_embeddings": 40}), device="cpu", dtype="float32"
-    )
+    vlm = minivlm.load(tiny.make_tiny(tmp_path, text={"max_position_embeddings": 40}), device="cpu", dtype="float32")
     ids = len(vlm.inputs("a b c d", raw=True).ids)
     reply = vlm.generate("a b c d", raw=True, max_new_tokens=40 - ids)
     assert reply.prompt_tokens + len(reply.tokens) <= 40
-    with pytest.raises(
-        InputError, match=f"max_new_tokens: found {41 - ids} after a prompt of {ids} tokens.*of 40"
-    ):
+    with pytest.raises(InputError, match=f"max_new_tokens: found {41 - ids} after a prompt of {ids} tokens.*of 40"):
         vlm.generate("a b c d", raw=True, max_new_tokens=41 - ids)
     long = "z" * 38
     assert len(vlm.inputs(long, raw=True).ids) == 40
@@ -489,9 +471,7 @@ def test_random_batches_equal_rows_alone(tiny_of):
     for _ in range(6):
         rows: tuple[list, list] = ([], [])
         for i in range(rng.randint(2, 5)):
-            images = [
-                tiny.picture(rng.randint(1, 40), rng.randint(1, 40), i) for _ in range(rng.randint(0, 2))
-            ]
+            images = [tiny.picture(rng.randint(1, 40), rng.randint(1, 40), i) for _ in range(rng.randint(0, 2))]
             inputs = vlm.inputs("<image>" * len(images) + "is it", images, raw=True)
             sampling = Sampling(temperature=rng.choice([0.7, 2.0]), seed=rng.randrange(99))
             options = Options(sampling, rng.randint(1, 15), rng.choice([(), ("a",), ("e", "s")]))

@@ -27,9 +27,7 @@ def test_all_forms_of_a_prompt_agree(vlm, tmp_path):
         vlm.generate("what is it", [image], max_new_tokens=6),
         vlm.generate("what is it", images=[tmp_path / "cat.png"], max_new_tokens=6),
         vlm.generate([{"role": "user", "content": [{"type": "image"}, text]}], [image], max_new_tokens=6),
-        vlm.generate(
-            [{"role": "user", "content": [{"type": "image", "image": image}, text]}], max_new_tokens=6
-        ),
+        vlm.generate([{"role": "user", "content": [{"type": "image", "image": image}, text]}], max_new_tokens=6),
         vlm.generate(
             [{"role": "user", "content": [{"type": "image", "path": str(tmp_path / "cat.png")}, text]}],
             max_new_tokens=6,
@@ -80,14 +78,9 @@ def test_a_saved_folder_loads_here_and_in_transformers(tiny_of, kind, tmp_path):
     pair.vlm.save(tmp_path / "copy")
     request = ("what is it", [tiny.picture(20, 30)])
     again = minivlm.load(tmp_path / "copy", device="cpu", dtype="float32", backend="reference")
-    assert (
-        again.generate(*request, max_new_tokens=8).tokens
-        == pair.vlm.generate(*request, max_new_tokens=8).tokens
-    )
+    assert again.generate(*request, max_new_tokens=8).tokens == pair.vlm.generate(*request, max_new_tokens=8).tokens
     assert again.vocabulary.eos_ids == pair.vlm.vocabulary.eos_ids
-    oracle = tiny.MODELS[kind][0].from_pretrained(
-        tmp_path / "copy", dtype=torch.float32, attn_implementation="eager"
-    )
+    oracle = tiny.MODELS[kind][0].from_pretrained(tmp_path / "copy", dtype=torch.float32, attn_implementation="eager")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "copy")
     batch = processor(text="<image> the cat", images=request[1], return_tensors="pt")
     with torch.no_grad():

@@ -114,16 +114,12 @@ def make_tokenizer() -> tokenizers.Tokenizer:
                 pieces.append(joined + character)
             joined += character
     vocab = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = [
-        tokenizers.AddedToken(name, normalized=False, special=True) for name in ("<unk>", "<s>", "</s>")
-    ]
+    special = [tokenizers.AddedToken(name, normalized=False, special=True) for name in ("<unk>", "<s>", "</s>")]
     tokenizer.add_special_tokens(special)
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(n, normalized=False, special=True) for n in ("<image>", "<pad>")]
@@ -148,9 +144,7 @@ def make_processor(kind: str, tokenizer: tokenizers.Tokenizer, config: Any) -> A
     if kind == "llava":
         images, processor = transformers.CLIPImageProcessorPil(**size), transformers.LlavaProcessor
     else:
-        images = transformers.LlavaNextImageProcessorPil(
-            **size, image_grid_pinpoints=config.image_grid_pinpoints
-        )
+        images = transformers.LlavaNextImageProcessorPil(**size, image_grid_pinpoints=config.image_grid_pinpoints)
         processor = transformers.LlavaNextProcessor
     return processor(
         image_processor=images,

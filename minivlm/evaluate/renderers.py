@@ -23,9 +23,7 @@ LONG_SIDE = 480  # pixels
 JPEG_QUALITY = 30
 BORDER, CROSS_BORDER = 0.2, 0.14  # of a shape's radius, in the variant "outline"
 
-Layer = tuple[
-    list[np.ndarray], RGB
-]  # closed contours in the scene's pixels, holes turning the other way; colour
+Layer = tuple[list[np.ndarray], RGB]  # closed contours in the scene's pixels, holes turning the other way; colour
 
 
 def _in_other_font(text: Text) -> list[np.ndarray]:
@@ -70,9 +68,7 @@ def render(scene: Scene, variant: str) -> np.ndarray:
         from matplotlib.patches import PathPatch
         from matplotlib.path import Path
     except ImportError as error:
-        raise InputError(
-            "drawing with another program needs matplotlib: pip install 'minivlm[train]'"
-        ) from error
+        raise InputError("drawing with another program needs matplotlib: pip install 'minivlm[train]'") from error
     scale = LONG_SIDE / max(scene.width, scene.height)
     width, height = round(scene.width * scale), round(scene.height * scale)
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
@@ -81,9 +77,7 @@ def render(scene: Scene, variant: str) -> np.ndarray:
     axes.axis("off")
     figure.patch.set_facecolor([level / 255 for level in scene.background])
     for contours, rgb in _layers(scene, variant == "outline"):
-        path = Path.make_compound_path(
-            *(Path(np.vstack([points, points[:1]]), closed=True) for points in contours)
-        )
+        path = Path.make_compound_path(*(Path(np.vstack([points, points[:1]]), closed=True) for points in contours))
         axes.add_patch(PathPatch(path, facecolor=[level / 255 for level in rgb], linewidth=0))
     drawn = FigureCanvasAgg(figure)
     drawn.draw()

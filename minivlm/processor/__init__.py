@@ -106,9 +106,7 @@ class Processor:
             path = folder / "preprocessor_config.json"
             image_values = read_json(path)
             if not image_values:
-                raise InputError(
-                    f"{path}: missing or empty, and processor_config.json has no image_processor"
-                )
+                raise InputError(f"{path}: missing or empty, and processor_config.json has no image_processor")
         anyres = geometry.image_grid_pinpoints is not None
         return cls(
             tokenizer=tokenizer,
@@ -142,9 +140,7 @@ class Processor:
         images = _pictures(messages, images)
         return self._inputs(self.tokenizer.encode(self.render(messages, add_generation_prompt)), images)
 
-    def chat_continuation(
-        self, messages: Sequence[prompts.Message], images: Sequence[ImageSource] = ()
-    ) -> Inputs:
+    def chat_continuation(self, messages: Sequence[prompts.Message], images: Sequence[ImageSource] = ()) -> Inputs:
         """What a chat that keeps its cache appends after the words of the last answer, up to the next answer.
 
         messages: the dialogue with that answer and what came after it; images: pictures of what came after
@@ -218,13 +214,9 @@ class Processor:
             while length > 0 and remaining:
                 length -= remaining.pop(0)
             if length:
-                raise InputError(
-                    f"prompt: runs of {runs} placeholders, run {i} does not fit pictures of {counts}"
-                )
+                raise InputError(f"prompt: runs of {runs} placeholders, run {i} does not fit pictures of {counts}")
         if remaining:
-            raise InputError(
-                f"prompt: runs of {runs} placeholders, expected pictures of {counts} image tokens"
-            )
+            raise InputError(f"prompt: runs of {runs} placeholders, expected pictures of {counts} image tokens")
         return ids
 
     def _write(self, folder: Path) -> None:
@@ -269,9 +261,7 @@ def _pictures(messages: Sequence[prompts.Message], images: Sequence[ImageSource]
     check_images(images)
     named = prompts.pictures(messages)
     if named and len(images):
-        raise InputError(
-            f"images: {len(images)} given and {len(named)} in the messages, expected one or other"
-        )
+        raise InputError(f"images: {len(images)} given and {len(named)} in the messages, expected one or other")
     return named or images
 
 

@@ -40,22 +40,16 @@ class VisionGeometry:
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
-            raise InputError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+            raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         strategy, extra = self.vision_feature_select_strategy, self.num_additional_image_tokens
         if strategy not in ("default", "full"):
             raise InputError(f"vision_feature_select_strategy = {strategy!r}, expected 'default' or 'full'")
         if strategy == "default" and extra != 1:
-            raise InputError(
-                f"vision_feature_select_strategy 'default' drops one class token, the encoder has {extra}"
-            )
+            raise InputError(f"vision_feature_select_strategy 'default' drops one class token, the encoder has {extra}")
         if self.image_grid_pinpoints is not None:
             check_pinpoints(self.image_grid_pinpoints, self.image_size)
             if strategy == "full" and extra:
-                raise InputError(
-                    "vision_feature_select_strategy 'full' keeps a class token: no grid can hold it"
-                )
+                raise InputError("vision_feature_select_strategy 'full' keeps a class token: no grid can hold it")
 
     def tile_count(self, image_size: Any) -> int:
         """Tiles of a picture of this (height, width), the base tile included."""
@@ -89,9 +83,7 @@ def check_pinpoints(pinpoints: Sequence[Size], tile: int) -> None:
         raise InputError("image_grid_pinpoints is empty, expected at least one (height, width)")
     for height, width in pinpoints:
         if height < tile or width < tile or height % tile or width % tile:
-            raise InputError(
-                f"image_grid_pinpoints holds ({height}, {width}), not a multiple of the tile size {tile}"
-            )
+            raise InputError(f"image_grid_pinpoints holds ({height}, {width}), not a multiple of the tile size {tile}")
 
 
 def select_best_resolution(image_size: Any, pinpoints: Sequence[Size]) -> Size:

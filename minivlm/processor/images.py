@@ -62,16 +62,12 @@ def load_image(source: ImageSource) -> Image.Image:
         return _to_rgb(source, f"a PIL image of mode {source.mode}")
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise InputError(
-                f"picture: an array {source.dtype} {source.shape}, expected uint8 [height, width, 3]"
-            )
+            raise InputError(f"picture: an array {source.dtype} {source.shape}, expected uint8 [height, width, 3]")
         return _to_rgb(Image.fromarray(source), f"an array {source.shape}")
     if isinstance(source, bytes):
         return _decode(source, f"{len(source)} bytes")
     if not isinstance(source, str | Path):
-        raise InputError(
-            f"picture: a {type(source).__name__}, expected a path, URL, data: URI, bytes or PIL image"
-        )
+        raise InputError(f"picture: a {type(source).__name__}, expected a path, URL, data: URI, bytes or PIL image")
     name = _shorten(str(source))
     scheme = source[:8].lower() if isinstance(source, str) else ""
     if scheme.startswith("data:"):
@@ -155,9 +151,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
             f"picture {name}: more than {Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb"
         ) from None
     except Image.UnidentifiedImageError:
-        raise InputError(
-            f"picture {name}: not a picture in a format that is read ({', '.join(FORMATS)})"
-        ) from None
+        raise InputError(f"picture {name}: not a picture in a format that is read ({', '.join(FORMATS)})") from None
     except DAMAGED as error:
         raise InputError(f"picture {name}: damaged or truncated ({_reason(error)})") from None
     return _to_rgb(upright, name)
@@ -166,9 +160,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """RGB, transparency on white; transformers' convert_to_rgb for the modes that have 8 bits a sample."""
     if image.width < 1 or image.height < 1:
-        raise InputError(
-            f"picture {name}: {image.height}x{image.width} pixels (height x width), expected at least 1x1"
-        )
+        raise InputError(f"picture {name}: {image.height}x{image.width} pixels (height x width), expected at least 1x1")
     try:
         image.load()  # a PIL image may not have been read yet
         if image.mode.startswith("I;16"):

@@ -180,9 +180,7 @@ def _class_name(f: Fields, default: str) -> str:
     name = f.get("image_processor_type", str, f.get("feature_extractor_type", str, default))
     plain = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if plain not in CLASSES:
-        raise InputError(
-            f"{f.where}: image_processor_type = {name!r} is not supported, only {', '.join(CLASSES)}"
-        )
+        raise InputError(f"{f.where}: image_processor_type = {name!r} is not supported, only {', '.join(CLASSES)}")
     return plain
 
 

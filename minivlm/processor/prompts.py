@@ -131,9 +131,7 @@ def pictures(messages: Sequence[Message]) -> list[Any]:
     named = [[part[key] for key in PICTURE_KEYS if part.get(key) is not None] for part in parts]
     sources = [names[0] for names in named if names]
     if sources and len(sources) != len(parts):
-        raise InputError(
-            f"messages: {len(sources)} of {len(parts)} image parts name a picture, expected all or none"
-        )
+        raise InputError(f"messages: {len(sources)} of {len(parts)} image parts name a picture, expected all or none")
     return sources
 
 
@@ -209,9 +207,7 @@ def _named_template(value: Any, path: Path) -> str | None:
 def _normal_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         raise InputError(f"{where}: expected an object with role and content, found {message!r:.80}")
-    if unknown := sorted(
-        key for key, value in message.items() if key not in ("role", "content") and value is not None
-    ):
+    if unknown := sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None):
         raise InputError(f"{where}: {unknown[0]} is not supported, expected role and content")
     role, content = message["role"], message["content"]
     if role not in ROLES:
@@ -237,9 +233,7 @@ def _normal_part(part: Any, where: str) -> dict[str, str]:
             )
         return {"type": "image"}
     if given != {"text"} or not isinstance(part["text"], str):
-        raise InputError(
-            f"{where}: a text part with {', '.join(sorted(given)) or 'nothing'}, expected only a text"
-        )
+        raise InputError(f"{where}: a text part with {', '.join(sorted(given)) or 'nothing'}, expected only a text")
     return {"type": "text", "text": part["text"]}
 
 
@@ -258,13 +252,9 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False
-) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys=False) -> str:
     # Jinja's own filter escapes for HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=16)

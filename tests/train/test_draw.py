@@ -109,9 +109,7 @@ def test_other_renderers_show_the_same_scene(variant):
 
 
 def test_an_unknown_renderer_is_an_error():
-    with pytest.raises(
-        InputError, match="unknown renderer 'crayon': expected one of matplotlib, jpeg, outline"
-    ):
+    with pytest.raises(InputError, match="unknown renderer 'crayon': expected one of matplotlib, jpeg, outline"):
         render(SCENES[0], "crayon")
 
 
@@ -126,9 +124,7 @@ def test_a_pages_table_describes_its_map(make):
         assert table.colour[1:].min() >= 1 and table.colour.max() <= len(COLOURS)
         for k in np.unique(ids[ids > 0]):
             x1, y1, x2, y2 = drawn_extent(ids == k)
-            assert (table.box[k] - (x1, y1, x2, y2) < 2.5)[:2].all() and (
-                (x2, y2) - table.box[k][2:] < 2.5
-            ).all()
+            assert (table.box[k] - (x1, y1, x2, y2) < 2.5)[:2].all() and ((x2, y2) - table.box[k][2:] < 2.5).all()
 
 
 def test_a_page_is_repeatable():

@@ -19,9 +19,7 @@ TEST = [scene("test", index, 11) for index in range(300)]
 
 
 def asked(scenes):
-    return [
-        (drawn, qa) for i, drawn in enumerate(scenes) for qa in questions(drawn, np.random.default_rng(i))
-    ]
+    return [(drawn, qa) for i, drawn in enumerate(scenes) for qa in questions(drawn, np.random.default_rng(i))]
 
 
 def test_a_scene_is_a_pure_function_of_split_index_and_seed():
@@ -99,9 +97,7 @@ def test_every_answer_is_true(scenes):
         elif qa.kind == "text":
             assert qa.answer == (drawn.text.string if drawn.text else "nothing"), qa
         elif qa.kind == "describe":
-            names = [
-                f"{i.colour} {i.shape}" for i in sorted(drawn.objects, key=lambda i: i.box[0] + i.box[2])
-            ]
+            names = [f"{i.colour} {i.shape}" for i in sorted(drawn.objects, key=lambda i: i.box[0] + i.box[2])]
             assert re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", qa.answer) == [
                 tuple(name.split()) for name in names
             ], qa
