@@ -48,6 +48,7 @@ IGNORED = {
     r".*\.embeddings\.position_ids": "the integers 0, 1, 2, ..., which the model does not need to be told",
     r".*\.rotary_emb\.inv_freq": "rotary frequencies, which the model computes from rope_theta",
 }
+PIECE = 2**18  # numbers converted at a time
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 
 
@@ -253,13 +254,23 @@ def _converted(
     shown = None if title is not None else True  # tqdm shows nothing where stderr is no terminal
     with tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=0.5, disable=shown) as bar:
         for tensor, read in read_tensors(tensors):
-            values = read.to(device).to(dtype)  # to a GPU in the stored type, which has half float32's bytes
+            values = _cast(read.to(device), dtype)  # to a GPU in the stored type, which has half float32's bytes
             if not _is_finite(values):
                 fault = f"values too large for {dtype}" if _is_finite(read) else "NaN or infinity"
                 raise InputError(f"{tensor.file}: {tensor.name} holds {fault}")
             state[parameters[tensor.name]] = values
             bar.update(_nbytes(tensor))
     return state
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """values.to(dtype). A CPU goes between the 16-bit types twice as fast through float32, in pieces its cache holds."""
+    if values.device.type != "cpu" or {values.dtype, dtype} != {torch.float16, torch.bfloat16}:
+        return values.to(dtype)
+    result = torch.empty_like(values, dtype=dtype)
+    for piece, place in zip(values.flatten().split(PIECE), result.view(-1).split(PIECE), strict=True):
+        place.copy_(piece.float())
+    return result
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -89,10 +89,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
+    settings, system = _settings(arguments), arguments.system
     if arguments.top_logprobs and not arguments.json:
         raise InputError("--top-logprobs: alternatives are part of --json, expected both")
-    if arguments.raw and (arguments.question is None or arguments.system is not None):
+    if arguments.raw and (arguments.question is None or system is not None):
         raise InputError("--raw: expected the whole prompt as the question, and no --system")
     question, paths = _question(arguments.question), arguments.image
     if arguments.question is None and not paths:
@@ -104,8 +104,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     vlm, seconds = _load(arguments)
     prompt: Any = question
     if not arguments.raw:
-        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-        prompt = [*system, *question_to_messages(question, len(pictures))]
+        instructions = [] if system is None else [{"role": "system", "content": utf8(system, "--system")}]
+        prompt = [*instructions, *question_to_messages(question, len(pictures))]
     inputs = vlm.inputs(prompt, pictures, arguments.raw)
     seed = Options.of(settings).sampling.seeded().seed
     if seed is not None:

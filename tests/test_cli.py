@@ -1,37 +1,20 @@
 """The command line as a user meets it: what is on stdout, what on stderr, the exit status, never a traceback."""
 
-import contextlib
 import io
 import json
-import os
-import pty
 import re
-import select
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from commands import process
 
 import minivlm
 from minivlm import cli, hub, parity
 from minivlm.evaluate import heldout
 from minivlm.stages import Difference, Report
 from minivlm.train import recipe
-
-COMMAND = [sys.executable, "-m", "minivlm"]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(Path(__file__).parent.parent),
-    "PYTHONIOENCODING": "utf-8",
-    "PYTHONUNBUFFERED": "",  # as for a user, for whom a full disk is met when Python flushes
-    "OMP_NUM_THREADS": "1",
-}
-PATIENCE = 120  # seconds for what takes three
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +27,10 @@ def vlm(tiny_of):
     return tiny_of("next-mistral").vlm
 
 
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory):
-    """A model that would answer for minutes."""
-    text = {"max_position_embeddings": 50_000, "num_hidden_layers": 8}
-    return tiny.make_tiny(tmp_path_factory.mktemp("endless"), text=text)
-
-
 @pytest.fixture
 def picture(tmp_path):
     tiny.picture(20, 30).save(tmp_path / "cat.png")
     return str(tmp_path / "cat.png")
-
-
-def process(*arguments, stdin="") -> subprocess.CompletedProcess:
-    """A command as its own process."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        encoding="utf-8",
-        env=ENVIRONMENT,
-        timeout=PATIENCE,
-    )
 
 
 @pytest.fixture
@@ -230,129 +194,11 @@ def test_a_process_without_a_traceback():
     assert re.fullmatch(r"minivlm: no/such/folder: no such folder.*\n", done.stderr)
 
 
-def test_a_piped_dialogue_prints_only_answers(folder, vlm, picture):
-    lines = [
-        "hi",
-        "",
-        f"/image '{picture}'",
-        "/image nope.png",
-        "what is it",
-        "/help",
-        "/frob",
-        "/reset",
-        "hi",
-        "/quit",
-    ]
-    options = ["--model", folder, "--dtype", "float32", "--max-new-tokens", "6"]
-    done = process("chat", *options, stdin="\n".join([*lines, "not asked"]))
-    chat, answers = vlm.chat(), []
-    answers.append(chat.say("hi", max_new_tokens=6))
-    answers.append(chat.say("what is it", [picture], max_new_tokens=6))
-    chat.reset()
-    answers.append(chat.say("hi", max_new_tokens=6))
-    assert done.stdout == "".join(f"{answer.text}\n" for answer in answers)
-    told = [line for line in done.stderr.splitlines() if "loading" not in line]
-    assert told[0] == f"picture 1 of the next question: {picture}, 30 x 20 pixels"
-    assert told[1] == "picture nope.png: no such file"
-    assert told[2].startswith("/image PATH ") and told[-2].startswith("/frob: not a command, expected /image PATH")
-    assert told[-1] == "a new dialogue"
-    assert done.returncode == 2  # nobody may have seen that two lines were refused
-
-
 def test_a_dialogue_goes_on_after_a_question_beyond_the_context(run, folder, vlm, type_in):
     type_in("the cat " * 500 + "\nhi")
     _, out, err = run("chat", "--model", folder, "--dtype", "float32", "--max-new-tokens", "6")
     assert out == vlm.generate("hi", max_new_tokens=6).text + "\n"
     assert "expected fewer than the model's context of 400" in err
-
-
-def test_ctrl_c_ends_a_stream_cleanly(endless):
-    command = [*COMMAND, "generate", "hi", "--model", str(endless)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as started:
-        begun = started.stdout.read(8)
-        started.send_signal(signal.SIGINT)
-        out, err = started.communicate(timeout=PATIENCE)
-    assert started.returncode == 130
-    assert (begun + out).endswith(b"\n") and b"Traceback" not in err and b"KeyboardInterrupt" not in err
-
-
-class Typist:
-    """A command in a terminal of its own."""
-
-    def __init__(self, *arguments: str):
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            os.execve(COMMAND[0], [*COMMAND, *arguments], ENVIRONMENT)
-        self.shown, self.at = "", 0  # all that was shown, and where the next `wait` looks
-
-    def wait(self, wanted: str, insist: str = "") -> None:
-        """Until the terminal shows a pattern, behind what earlier ones matched; `insist` is typed every 5 s."""
-        deadline = time.monotonic() + PATIENCE
-        self.type(insist)
-        while (found := re.compile(wanted).search(self.shown, self.at)) is None:
-            if not self._ready(5):
-                self.type(insist)
-            elif not self._read():
-                break
-            assert time.monotonic() < deadline, f"{wanted} not in {self.shown[-500:]!r}"
-        assert found, f"{wanted} not in {self.shown[-500:]!r}"
-        self.at = found.end()
-
-    def type(self, text: str) -> None:
-        os.write(self.terminal, text.encode())
-
-    def end(self) -> int:
-        """The exit status, once everything was shown."""
-        while self._read():
-            pass
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def _ready(self, seconds: float) -> bool:
-        return bool(select.select([self.terminal], [], [], seconds)[0])
-
-    def _read(self) -> bool:
-        """Read what comes within PATIENCE; False at the end."""
-        data = b""
-        with contextlib.suppress(OSError):  # how Linux tells that the other end is closed
-            if self._ready(PATIENCE):
-                data = os.read(self.terminal, 2**16)
-        self.shown += data.decode(errors="replace")
-        return bool(data)
-
-
-def test_ctrl_c_in_a_typed_dialogue_ends_only_the_answer(endless):
-    typist = Typist("chat", "--model", str(endless))
-    typist.wait("/help lists the commands.*\n.*> ")
-    typist.type("hi\n")
-    typist.wait("hi\r\n.")  # the answer's first character
-    typist.type("\x03")
-    typist.wait(r"\(stopped\)\r\n.*> ")
-    typist.type("half")
-    typist.wait("half")
-    # Between a letter and the wait for the next, Python's own line editing notices a Ctrl-C only with that next key.
-    typist.wait(r"\(Ctrl-D leaves\)\r\n.*> ", insist="\x03")
-    typist.type("/reset\n")
-    typist.wait(r"a new dialogue\r\n.*> ")
-    typist.type("\x04")
-    assert typist.end() == 0 and "Traceback" not in typist.shown
-
-
-def test_a_reader_who_leaves_is_no_error(endless):
-    command = [*COMMAND, "generate", "hi", "--model", str(endless)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as started:
-        started.stdout.read(1)
-        started.stdout.close()
-        err = started.stderr.read()
-        assert (started.wait(PATIENCE), err) == (141, b"")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("arguments", [["generate", "hi", "--max-new-tokens", "2", "--json"], ["--help"]])
-def test_a_full_disk_is_one_line(folder, arguments):
-    model = ["--model", str(folder)] if arguments[0] == "generate" else []
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, *arguments, *model], stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
-    assert (done.returncode, done.stderr) == (2, b"minivlm: [Errno 28] No space left on device\n")
 
 
 def test_parity_prints_its_report(run, folder):
@@ -395,6 +241,15 @@ def test_train_makes_a_checkpoint_and_goes_on_where_it_stopped(run, tmp_path, mo
     assert minivlm.load(tmp_path / "run" / "checkpoint", device="cpu").generate("hi", max_new_tokens=2).text is not None
     status, again, err = run(*asked)
     assert (status, again) == (0, out) and "continues after step 4 of stage projector" in err
+
+
+@pytest.mark.parametrize(
+    "state, message", [(b"half a fi", "damaged"), (b"\x02" + bytes(7) + b"{}", "not the state of")]
+)
+def test_a_run_that_cannot_be_resumed_is_one_line(run, tmp_path, state, message):
+    (tmp_path / "state.safetensors").write_bytes(state)
+    status, out, err = run("train", "--out", tmp_path, "--device", "cpu")
+    assert (status, out, err.count("\n")) == (2, "", 1) and f"state.safetensors: {message}" in err
 
 
 def test_train_says_that_it_can_go_on(run, tmp_path, monkeypatch):

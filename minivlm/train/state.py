@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -50,12 +50,17 @@ def save_state(
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """Where the run in this folder stands; None where none was started."""
+    """Where the run in this folder stands; None where none was started. Raises InputError for a damaged state."""
     path = folder / "state.safetensors"
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); delete it to begin anew") from None
+    if not {"recipe", "stage", "step"} <= metadata.keys():
+        raise InputError(f"{path}: not the state of a training run")
     return Progress(metadata["recipe"], metadata["stage"], int(metadata["step"]))
 
 
