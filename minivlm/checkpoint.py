@@ -264,7 +264,7 @@ def _converted(
 
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """values.to(dtype). A CPU goes between the 16-bit types twice as fast through float32, in pieces its cache holds."""
+    """values.to(dtype). A CPU goes between the 16-bit types twice as fast through float32, piece by piece."""
     if values.device.type != "cpu" or {values.dtype, dtype} != {torch.float16, torch.bfloat16}:
         return values.to(dtype)
     result = torch.empty_like(values, dtype=dtype)
