@@ -32,7 +32,7 @@ from minivlm.train import recipe
 from minivlm.train.run import train
 from minivlm.train.state import read_progress
 
-SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "What is in the picture?"
+SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "What is written?"
 FAILED, INTERRUPTED, NO_READER = 1, 130, 141
 # What has a line to show and no need of a traceback.
 TOLD = (InputError, NumericError, OSError, SafetensorError, torch.OutOfMemoryError)
