@@ -56,6 +56,13 @@ class Fields:
             raise InputError(f"{self.where}: {key} = {value}, expected a positive integer")
         return value
 
+    def positive_float(self, key: str, default: float) -> float:
+        """A number above 0."""
+        value = self.get(key, float, default)
+        if value <= 0:
+            raise InputError(f"{self.where}: {key} = {value}, expected a positive number")
+        return value
+
     def only(self, key: str, implemented: Any, default: Any = None) -> None:
         """Refuse any value of `key` other than the implemented one; absent means `default` (or the implemented one)."""
         self.read.add(key)

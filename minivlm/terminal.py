@@ -74,6 +74,8 @@ def dialogue(chat: Chat, images: Sequence[ImageSource], settings: Settings) -> i
         except InputError as error:
             refused = True
             say(str(error))
+            if pending and not line.startswith("/"):
+                say(f"({len(pending)} shown for the next question; /reset forgets the dialogue and them)")
         except KeyboardInterrupt:  # while answering
             if not typed:
                 raise

@@ -10,6 +10,7 @@ from layouts import assert_equals, copy_of, edit_config, load, refused, state_of
 from minivlm import checkpoint
 from minivlm.checkpoint import GenerationDefaults
 from minivlm.decoder.mistral import MistralConfig
+from minivlm.errors import InputError
 from minivlm.vision.clip import CLIPVisionConfig
 from minivlm.vlm import VLMConfig
 
@@ -143,3 +144,12 @@ def test_generation_ids_that_are_none(tiny_of, tmp_path, eos):
     folder = copy_of(tiny_of("llava").folder, tmp_path / "copy")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     refused(folder, "eos_token_id", repr(eos))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("text_config", "rms_norm_eps"), ("text_config", "rope_theta"), ("vision_config", "layer_norm_eps")],
+)
+def test_numbers_that_would_give_no_numbers_are_refused(part, key):
+    with pytest.raises(InputError, match=rf"{part}: {key} = -1.0, expected a positive number"):
+        VLMConfig.from_hf({"model_type": "llava", part: {key: -1}}, "config.json")

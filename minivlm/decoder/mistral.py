@@ -80,7 +80,7 @@ class MistralConfig:
             num_key_value_heads=f.positive("num_key_value_heads", default["kv_heads"]) or heads,
             head_dim=f.positive("head_dim", None) or hidden_size // heads,
             max_position_embeddings=f.positive("max_position_embeddings", default["max_position_embeddings"]),
-            rms_norm_eps=f.get("rms_norm_eps", float, 1e-6),
+            rms_norm_eps=f.positive_float("rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(f),
             sliding_window=_sliding_window(f, default["sliding_window"]) if model_type == "mistral" else None,
             tie_word_embeddings=f.get("tie_word_embeddings", bool, False),
@@ -96,13 +96,13 @@ class MistralConfig:
 def _rope_theta(f: Fields) -> float:
     """transformers 4 writes rope_theta (and rope_scaling), transformers 5 writes rope_parameters."""
     f.only("rope_scaling", None)
-    theta = f.get("rope_theta", float, 10000.0)
+    theta = f.positive_float("rope_theta", 10000.0)
     parameters = f.get("rope_parameters", dict, None)
     if parameters is None:
         return theta
     inner = Fields(parameters, f"{f.where}.rope_parameters")
     inner.only("rope_type", "default")
-    theta = inner.get("rope_theta", float, theta)
+    theta = inner.positive_float("rope_theta", theta)
     inner.finish()
     return theta
 

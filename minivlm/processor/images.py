@@ -29,7 +29,7 @@ from minivlm.errors import InputError
 
 URL_TIMEOUT = 20.0  # seconds without a byte
 URL_DEADLINE = 120.0  # seconds in all
-URL_MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 # What Pillow may open: pictures that cameras and programs write, nothing that runs a program (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF")
 RGB_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -83,14 +83,18 @@ def _shorten(name: str) -> str:
 
 
 def _read_file(path: Path, name: str) -> bytes:
+    if path.is_dir():
+        raise InputError(f"picture {name}: is a folder, expected a file")
     try:
-        if path.is_dir():
-            raise InputError(f"picture {name}: is a folder, expected a file")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"picture {name}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise InputError(f"picture {name}: cannot be read ({_reason(error)})") from None
+    if len(data) > MAX_BYTES:  # also what has no end, such as /dev/zero
+        raise InputError(f"picture {name}: larger than {MAX_BYTES // 2**20} MiB")
+    return data
 
 
 def _read_data_uri(uri: str, name: str) -> bytes:
@@ -115,8 +119,8 @@ def _read_url(url: str, name: str) -> bytes:
             while part := response.read1(2**16):
                 parts.append(part)
                 size += len(part)
-                if size > URL_MAX_BYTES:
-                    raise InputError(f"picture {name}: larger than {URL_MAX_BYTES // 2**20} MiB")
+                if size > MAX_BYTES:
+                    raise InputError(f"picture {name}: larger than {MAX_BYTES // 2**20} MiB")
                 if time.monotonic() > deadline:
                     raise InputError(f"picture {name}: not received within {URL_DEADLINE:.0f} s")
     except InputError:

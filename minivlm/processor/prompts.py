@@ -179,6 +179,8 @@ def template_of_folder(folder: Path, prompt_format: str | None) -> str | None:
 
     In order: processor_config.json, chat_template.json, chat_template.jinja, tokenizer_config.json.
     """
+    if prompt_format is not None and prompt_format not in TEMPLATES:
+        raise InputError(f"prompt format {prompt_format!r}, expected one of {', '.join(TEMPLATES)}")
     for name in ("processor_config.json", "chat_template.json"):
         if template := _named_template(read_json(folder / name).get("chat_template"), folder / name):
             return template
@@ -188,11 +190,7 @@ def template_of_folder(folder: Path, prompt_format: str | None) -> str | None:
     path = folder / "tokenizer_config.json"
     if template := _named_template(read_json(path).get("chat_template"), path):
         return template
-    if prompt_format is None:
-        return None
-    if prompt_format not in TEMPLATES:
-        raise InputError(f"prompt format {prompt_format!r}, expected one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[prompt_format]
+    return None if prompt_format is None else TEMPLATES[prompt_format]
 
 
 def _named_template(value: Any, path: Path) -> str | None:

@@ -45,7 +45,7 @@ class CLIPVisionConfig:
             image_size=f.positive("image_size", 224),
             patch_size=f.positive("patch_size", 32),
             hidden_act=f.get("hidden_act", str, "quick_gelu"),
-            layer_norm_eps=f.get("layer_norm_eps", float, 1e-5),
+            layer_norm_eps=f.positive_float("layer_norm_eps", 1e-5),
         )
         f.finish()
         if config.hidden_act not in ACTIVATIONS:

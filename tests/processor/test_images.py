@@ -263,7 +263,7 @@ def test_urls(server):
 
 
 def test_urls_are_bounded_in_size_and_time(server, monkeypatch):
-    monkeypatch.setattr(images, "URL_MAX_BYTES", 4000)
+    monkeypatch.setattr(images, "MAX_BYTES", 4000)
     with pytest.raises(InputError, match="larger than"):
         load_image(f"{server}/long")
     monkeypatch.setattr(images, "URL_DEADLINE", -1.0)
@@ -278,3 +278,9 @@ def test_long_names_are_shortened():
     with pytest.raises(InputError) as error:
         load_image(Path("a\nb.png"))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 2**20)
+    with pytest.raises(InputError, match="picture /dev/zero: larger than 1 MiB"):
+        images.load_image("/dev/zero")
