@@ -135,9 +135,10 @@ class Dialogues:
 def dialogue_loss(vlm: VLM, batch: DialogueBatch) -> tuple[Tensor, dict[str, float]]:
     """Mean cross-entropy over the labelled positions, and the share of them predicted right."""
     hidden = vlm.language_model(vlm.embed(batch.inputs), batch.rows, None)  # [S, D]
-    taught = batch.labels != IGNORE
+    labels = batch.labels.to(hidden.device)  # [S]
+    taught = labels != IGNORE
     logits = vlm.language_model.logits(hidden[taught]).float()  # [labels, V]
-    labels = batch.labels[taught]
+    labels = labels[taught]
     right = (logits.detach().argmax(-1) == labels).float().mean().item()
     return cross_entropy(logits, labels), {"right": right}
 

@@ -46,6 +46,11 @@ class PageBatch:
     box: Tensor
     valid: Tensor
 
+    def to(self, device: torch.device) -> "PageBatch":
+        """The same pages on a device; they are drawn on the CPU."""
+        labels = {name: label.to(device) for name, label in self.labels.items()}
+        return PageBatch(self.tiles.to(device), labels, self.box.to(device), self.valid.to(device))
+
 
 def normalised(pictures: np.ndarray, config: ImageConfig) -> Tensor:
     """uint8 [N, S, S, 3] -> float32 [N, 3, S, S], as the processor normalises a tile."""
@@ -112,6 +117,7 @@ class EncoderStage:
         return page_batch(rng, self.batch, self.images, self.patch, self.in_tile)
 
     def loss(self, batch: PageBatch) -> tuple[Tensor, dict[str, float]]:
+        batch = batch.to(self.heads.box.weight.device)
         return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers))
 
     def held_out(self) -> dict[str, float]:
