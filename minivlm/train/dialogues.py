@@ -1,4 +1,4 @@
-"""Questions and answers as training rows, and their loss: for the decoder's warm-up and for LLaVA's two stages.
+"""Questions and answers about pictures as training rows, and their loss: for every stage but the encoder's.
 
 All questions about one picture share its image tokens: a row is one prefix followed by a segment per question, which
 sees the prefix and itself (ops/rows.py). That equals a row per question, at a fraction of the cost. The prompts are
@@ -21,7 +21,7 @@ from minivlm.processor.pixels import preprocess
 from minivlm.processor.prompts import question_to_messages
 from minivlm.train.draw import draw
 from minivlm.train.loop import HELD_OUT_BATCHES, mean_report
-from minivlm.train.questions import description, questions
+from minivlm.train.questions import questions
 from minivlm.train.world import scene
 from minivlm.vlm import VLM
 
@@ -96,7 +96,6 @@ class Dialogues:
     processor: Processor
     seed: int
     batch: int
-    pictures: bool  # show the picture, or tell it in words
     first: int = 0  # number of the first scene
 
     def make_batch(self, step: int, split: str = "train") -> DialogueBatch:
@@ -118,12 +117,6 @@ class Dialogues:
         rng = np.random.default_rng([self.seed, QUESTIONS, index])
         asked = questions(drawn, rng)
         processor = self.processor
-        if not self.pictures:
-            words = description(drawn, rng)
-            pairs = [labelled(processor, f"{words}\n{qa.question}", qa.answer, 0) for qa in asked]
-            ids, labels, segments = shared_row(pairs)
-            side = processor.geometry.image_size
-            return Inputs(tuple(ids), torch.empty(0, 3, side, side), (), ()), segments, labels
         picture = Image.fromarray(draw(drawn)[0])
         tiles, size = preprocess(picture, processor.image_config), (picture.height, picture.width)
         row = shared_row([labelled(processor, qa.question, qa.answer, 1) for qa in asked])
@@ -132,15 +125,29 @@ class Dialogues:
         return Inputs(tuple(ids), tiles, (size,), (len(tiles),)), segments, labels
 
 
+def answer_weights(labels: Tensor, segments: Sequence[tuple[int, ...]]) -> Tensor:
+    """Weights [S] of the labelled positions, 0 elsewhere: an answer of n tokens counts sqrt(n), each token 1/sqrt(n).
+
+    With equal tokens the answers "yes" and "red", where looking things up is learned, would have a twentieth of the
+    loss and the long descriptions most of it.
+    Example: labels . 8 2 | . 5 with segments ((3, 2),) give 0, 0.71, 0.71, 0, 1.
+    """
+    lengths = torch.tensor([length for row in segments for length in row])
+    answer = torch.arange(len(lengths)).repeat_interleave(lengths)  # [S], the segment of each position
+    taught = (labels != IGNORE).float()
+    tokens = torch.zeros(len(lengths)).index_add(0, answer, taught)
+    return taught * tokens.clamp(min=1)[answer].rsqrt()
+
+
 def dialogue_loss(vlm: VLM, batch: DialogueBatch) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy over the labelled positions, and the share of them predicted right."""
+    """Weighted mean cross-entropy over the labelled positions, and the share of them predicted right."""
     hidden = vlm.language_model(vlm.embed(batch.inputs), batch.rows, None)  # [S, D]
-    labels = batch.labels.to(hidden.device)  # [S]
-    taught = labels != IGNORE
-    logits = vlm.language_model.logits(hidden[taught]).float()  # [labels, V]
-    labels = labels[taught]
+    taught = batch.labels != IGNORE
+    weights = answer_weights(batch.labels, batch.rows.segments)[taught].to(hidden.device)
+    labels = batch.labels[taught].to(hidden.device)
+    logits = vlm.language_model.logits(hidden[taught.to(hidden.device)]).float()  # [labels, V]
     right = (logits.detach().argmax(-1) == labels).float().mean().item()
-    return cross_entropy(logits, labels), {"right": right}
+    return (cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum(), {"right": right}
 
 
 @dataclass(frozen=True)

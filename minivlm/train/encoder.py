@@ -1,9 +1,9 @@
 """Stage 0a: a vision tower that sees, trained to name what every patch of a drawn page shows.
 
 A published LLaVA starts from CLIP's tower; where none can be downloaded this dense supervision replaces it. First the
-box of a patch's object is told relative to the patch, which is easy to learn; then as a place in the tile, which is
-what a question "where" asks for and what a decoder could hardly work out from the order of image tokens. The heads
-here exist during training only.
+box of a patch's object is told relative to the patch, which is easy to learn; then as places in the tile, each one of
+51 classes: what a question "where" asks for, in the form in which a decoder answers, so that the projector and the
+decoder have only linear maps to find. The heads here exist during training only.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,10 @@ from minivlm.vision.clip import CLIPVisionModel
 
 CLASSES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS) + 1, "char": len(CHARACTERS) + 1}
 BOX_SCALE = 10.0  # brings a box side (shares of a tile) near the size of the class losses
+PLACES = 51  # places along a tile's side, 0.02 apart: the steps of a box in words (answers.py)
+# Sharpens the places' logits: without it the tower makes its states sharp instead, five sixths of their variance is
+# place, and a decoder can hardly find the colour in them.
+PLACES_SCALE = 5.0
 TRAIN_PAGES, HELD_OUT_PAGES, TILE_PAGES = 10, 11, 12  # names of random streams
 
 
@@ -31,6 +35,7 @@ class PatchHeads(nn.Module):
         super().__init__()
         self.classes = nn.ModuleDict({name: nn.Linear(width, n) for name, n in CLASSES.items()})
         self.box = nn.Linear(width, 4)
+        self.places = nn.Linear(width, 4 * PLACES)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,13 @@ def page_batch(rng: np.random.Generator, n: int, config: ImageConfig, patch: int
 
 
 def patch_loss(
-    tower: CLIPVisionModel, heads: PatchHeads, batch: PageBatch, depth: int
+    tower: CLIPVisionModel, heads: PatchHeads, batch: PageBatch, depth: int, in_tile: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of shape, colour and character, and smooth L1 of the box, over patches; with patch accuracies
-    and the mean error of a box side in shares of the tile.
+    """Cross-entropy of shape, colour and character over patches, and the box's loss; with patch accuracies and the
+    mean error of a box side in shares of the tile.
 
-    Background patches count for the classes (label 0) and not for the accuracies reported.
+    The box's loss is smooth L1, or `in_tile` the mean cross-entropy over the places of the four sides.
+    Background patches count for the classes (label 0) and not for the accuracies reported, nor for the box.
     """
     features = tower(batch.tiles, (depth,))[0][:, 1:]  # [N, P, Dv]
     loss, report = torch.zeros((), device=features.device), {}
@@ -91,9 +97,17 @@ def patch_loss(
         loss = loss + cross_entropy(logits.flatten(0, 1), labels.flatten())
         named = labels > 0
         report[name] = ((logits.argmax(-1) == labels) & named).sum().item() / max(1, named.sum().item())
-    box, truth = heads.box(features).float()[batch.valid], batch.box[batch.valid]
+    features, truth = features[batch.valid], batch.box[batch.valid]  # [M, Dv], [M, 4]
+    if in_tile:
+        logits = PLACES_SCALE * heads.places(features).float().unflatten(-1, (4, PLACES))
+        labels = (truth * (PLACES - 1)).round().long().clamp(0, PLACES - 1)
+        loss = loss + 0.5 * cross_entropy(logits.flatten(0, -2), labels.flatten())
+        box = logits.argmax(-1) / (PLACES - 1)
+    else:
+        box = heads.box(features).float()
+        loss = loss + BOX_SCALE * smooth_l1_loss(box, truth, beta=0.02)
     report["box_error"] = (box.detach() - truth).abs().mean().item()
-    return loss + BOX_SCALE * smooth_l1_loss(box, truth, beta=0.02), report
+    return loss, report
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class EncoderStage:
     patch: int
     batch: int
     seed: int
-    in_tile: bool  # whether the box is told as a place in the tile
+    in_tile: bool  # whether the box is told as places in the tile
 
     def make_batch(self, step: int) -> PageBatch:
         return self.pages(TILE_PAGES if self.in_tile else TRAIN_PAGES, step)
@@ -118,7 +132,7 @@ class EncoderStage:
 
     def loss(self, batch: PageBatch) -> tuple[Tensor, dict[str, float]]:
         batch = batch.to(self.heads.box.weight.device)
-        return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers))
+        return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers), self.in_tile)
 
     def held_out(self) -> dict[str, float]:
         """Loss and patch accuracies on pages that no step draws."""

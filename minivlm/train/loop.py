@@ -35,6 +35,7 @@ class Stage:
     lr: float
     warmup: int  # steps
     weight_decay: float = 0.05
+    renews: tuple[str, ...] = ()  # prefixes of parameter names that begin the stage untrained
 
 
 class Steps(Dataset):

@@ -1,4 +1,4 @@
-"""Questions about a scene with their true answers, and a scene told in words.
+"""Questions about a scene with their true answers.
 
 It reads scenes (world.py) and never pixels. A printed character is not a shape: it is neither counted nor
 named among the shapes. A question is asked only where a person would have one answer.
@@ -283,13 +283,13 @@ def question_of_kind(scene: Scene, kind: str, rng: np.random.Generator, wanted: 
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
-    """Six to twelve different questions on one picture, oftener of the hard kinds: colour, box, text."""
+    """Six to twelve different questions on one picture, oftener of the hard kinds: colour, box, position, text."""
     n = len(scene.objects)
     if n == 0:
         plan = ["text", "text", "box", "position", "colour", "count", "presence", "describe"]
     else:
         plan = ["shape", "colour", "presence", "presence", "count_of", "position", "box", "region"]
-        plan += ["colour", "box"] if n >= 2 else []
+        plan += ["colour", "box", "position"] if n >= 2 else []
         for kind, chance in (("count", 0.7 if n < 4 else 1.0), ("cell", 0.4), ("describe", 0.6)):
             plan += [kind] if rng.random() < chance else []
         if scene.text is not None:
@@ -334,12 +334,3 @@ def heldout(kind: str, index: int, seed: int) -> tuple[Scene, QA]:
         qa = question_of_kind(scene, kind, rng, wanted)
         if qa is not None:
             return scene, qa
-
-
-def description(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in words, in random order: "red circle [0.12, ...]; black text CAB [...]"."""
-    told = [f"{item.colour} {item.shape} {box_text(item.box)}" for item in scene.objects]
-    if scene.text is not None:
-        told.append(f"{scene.text.colour} text {scene.text.string} {box_text(scene.text.box)}")
-    rng.shuffle(told)
-    return "; ".join(told)

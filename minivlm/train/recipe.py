@@ -13,7 +13,7 @@ TILE, PATCH = 96, 12
 CONFIG = {
     "architectures": ["LlavaNextForConditionalGeneration"],
     "model_type": "llava_next",
-    "image_grid_pinpoints": [[96, 192], [192, 96], [192, 192]],
+    "image_grid_pinpoints": [[96, 96], [96, 192], [192, 96], [192, 192]],
     "multimodal_projector_bias": True,
     "projector_hidden_act": "gelu",
     "tie_word_embeddings": True,
@@ -52,19 +52,12 @@ CONFIG = {
 }
 
 ENCODER = Stage("encoder", ("vlm.vision_tower.", "heads."), steps=2000, batch=128, lr=2e-3, warmup=100)
-PLACES = Stage("places", ENCODER.trains, steps=400, batch=128, lr=1e-3, warmup=20)
-DECODER = Stage("decoder", ("vlm.language_model.",), steps=700, batch=24, lr=2e-3, warmup=50)
-PROJECTOR = Stage(
-    "projector", ("vlm.multi_modal_projector.", "vlm.image_newline"), steps=250, batch=16, lr=2e-3, warmup=20
-)
-TUNE = Stage(
-    "tune",
-    ("vlm.multi_modal_projector.", "vlm.image_newline", "vlm.language_model."),
-    steps=1600,
-    batch=24,
-    lr=1.5e-3,
-    warmup=100,
-)
+PLACES = Stage("places", ENCODER.trains, steps=500, batch=128, lr=1e-3, warmup=50)
+_PROJECTOR = ("vlm.multi_modal_projector.", "vlm.image_newline")
+_ALL = (*_PROJECTOR, "vlm.language_model.")
+DECODER = Stage("decoder", _ALL, steps=500, batch=24, lr=2e-3, warmup=50)
+PROJECTOR = Stage("projector", _PROJECTOR, steps=150, batch=24, lr=2e-3, warmup=20, renews=_PROJECTOR)
+TUNE = Stage("tune", _ALL, steps=1800, batch=24, lr=2e-3, warmup=50)
 STAGES = (ENCODER, PLACES, DECODER, PROJECTOR, TUNE)
 # For a look at the machinery: every part runs and nothing is learned.
 SMALL_STAGES = tuple(replace(stage, steps=4, batch=2, warmup=1) for stage in STAGES)

@@ -1,7 +1,7 @@
 """`minivlm train`: the stages of the recipe one after the other, from nothing to a checkpoint folder.
 
-Stages: the encoder learns to see (encoder.py), the decoder learns the language of the world from descriptions in
-words, then LLaVA's two: the projector alone, then projector and decoder (dialogues.py).
+Stages: the encoder learns to see (encoder.py); the decoder learns to answer questions about what it sees, through a
+projector of the moment; then LLaVA's two: a new projector alone, then projector and decoder (dialogues.py).
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from minivlm.checkpoint import save
+from minivlm.decoder.mistral import MistralAttention
 from minivlm.errors import InputError
 from minivlm.ops.backend import SDPA
 from minivlm.processor import Processor
@@ -55,7 +56,31 @@ def new_modules(processor: Processor) -> nn.ModuleDict:
     for module in vlm.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, MistralAttention):
+            begin_by_matching(module)
     return nn.ModuleDict({"vlm": vlm, "heads": PatchHeads(vlm.config.vision.hidden_size)})
+
+
+def begin_by_matching(attention: MistralAttention) -> None:
+    """Set the query weights to the keys': at first a token attends to those like it, at any distance.
+
+    Most answers are look-ups: "circle" in the question must find the circle among the image tokens. Query and key
+    weights whose product is near the identity do so before any training, and small transformers with little data learn
+    much faster from there (mimetic initialisation, Trockman and Kolter 2023, arXiv:2305.09828).
+    """
+    keys = attention.k_proj.weight.detach().unflatten(0, (-1, attention.head_dim))  # [K, C, D]
+    groups = attention.q_proj.out_features // attention.k_proj.out_features
+    with torch.no_grad():
+        attention.q_proj.weight.copy_(keys.repeat_interleave(groups, 0).flatten(0, 1))  # query head h reads key h // G
+
+
+def renew(modules: nn.ModuleDict, prefixes: tuple[str, ...], processor: Processor) -> None:
+    """Give the parameters under these prefixes their untrained values again."""
+    untrained = dict(new_modules(processor).named_parameters())
+    with torch.no_grad():
+        for name, parameter in modules.named_parameters():
+            if name.startswith(prefixes):
+                parameter.copy_(untrained[name])
 
 
 def task_of(stage: Stage, working: nn.ModuleDict, processor: Processor) -> EncoderStage | DialogueStage:
@@ -64,7 +89,7 @@ def task_of(stage: Stage, working: nn.ModuleDict, processor: Processor) -> Encod
         tower, heads, in_tile = working["vlm"].vision_tower, working["heads"], stage.name == "places"
         return EncoderStage(tower, heads, processor.image_config, recipe.PATCH, stage.batch, recipe.SEED, in_tile)
     first = recipe.FIRST_SCENE[stage.name]
-    dialogues = Dialogues(processor, recipe.SEED, stage.batch, stage.name != "decoder", first)
+    dialogues = Dialogues(processor, recipe.SEED, stage.batch, first)
     return DialogueStage(working["vlm"], dialogues)
 
 
@@ -87,6 +112,8 @@ def train(folder: Path, stages: tuple[Stage, ...], device: str, workers: int, sa
         if progress is not None and i <= at:
             first = progress.step if i == at else stage.steps
         if first < stage.steps:
+            if stage.renews and first == 0:
+                renew(modules, stage.renews, processor)
             task = task_of(stage, working, processor)
             fingerprint = recipe.fingerprint(stages[: i + 1])
             run_stage(stage, first, fingerprint, folder, modules, working, task, save_seconds, workers)

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from minivlm.train.questions import description, questions
+from minivlm.train.questions import questions
 from minivlm.train.world import scene
 
 SPECIALS = ("<unk>", "<s>", "</s>")
@@ -38,7 +38,7 @@ def words_of_the_world(scenes: int) -> Counter[str]:
         drawn = scene("train", index, 0)
         rng = np.random.default_rng([0, 3, index])
         told = [text for qa in questions(drawn, rng) for text in (qa.question, qa.answer)]
-        for text in [*told, description(drawn, rng)]:
+        for text in told:
             counts.update(re.findall(r"▁[a-z]+|\b[A-Z][a-z]+", SPACE + text.replace(" ", SPACE)))
     return counts
 

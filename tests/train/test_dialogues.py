@@ -7,7 +7,7 @@ from minivlm.errors import InputError
 from minivlm.processor import Inputs
 from minivlm.processor.prompts import question_to_messages
 from minivlm.train import run
-from minivlm.train.dialogues import IGNORE, Dialogues, dialogue_loss, expanded, labelled, shared_row
+from minivlm.train.dialogues import IGNORE, Dialogues, answer_weights, dialogue_loss, expanded, labelled, shared_row
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_expanding_a_placeholder_moves_labels_and_prefix():
 
 def test_shared_prefix_equals_a_row_per_question(processor, vlm):
     """The speed-up is exact: each question's logits are those of its own prompt, and no sibling leaks into it."""
-    batch = Dialogues(processor, 0, 1, True, 5).make_batch(0)
+    batch = Dialogues(processor, 0, 1, 5).make_batch(0)
     (row,), (segments,) = batch.inputs, batch.rows.segments
     with torch.no_grad():
         together = vlm.language_model.logits(vlm.language_model(vlm.embed(batch.inputs), batch.rows, None))
@@ -63,21 +63,31 @@ def test_shared_prefix_equals_a_row_per_question(processor, vlm):
     assert at == len(row.ids)
 
 
-def test_loss_is_the_mean_over_labelled_positions(processor, vlm):
-    batch = Dialogues(processor, 0, 2, False).make_batch(0)
+def test_answer_weights_are_the_example_of_their_docstring():
+    labels = torch.tensor([IGNORE, 8, 2, IGNORE, 5])
+    assert answer_weights(labels, [(3, 2)]).tolist() == pytest.approx([0, 0.5**0.5, 0.5**0.5, 0, 1])
+
+
+def test_loss_weighs_an_answer_by_the_root_of_its_length(processor, vlm):
+    batch = Dialogues(processor, 0, 2).make_batch(0)
     loss, report = dialogue_loss(vlm, batch)
     with torch.no_grad():
         hidden = vlm.language_model(vlm.embed(batch.inputs), batch.rows, None)
         scores = vlm.language_model.logits(hidden).double().log_softmax(-1)
-    taught = [i for i, label in enumerate(batch.labels.tolist()) if label != IGNORE]
-    expected = -sum(scores[i, batch.labels[i]].item() for i in taught) / len(taught)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    total = weight = at = 0.0
+    for length in (length for row in batch.rows.segments for length in row):
+        taught = [i for i in range(int(at), int(at) + length) if batch.labels[i] != IGNORE]
+        at += length
+        if taught:
+            total -= len(taught) ** 0.5 * sum(scores[i, batch.labels[i]].item() for i in taught) / len(taught)
+            weight += len(taught) ** 0.5
+    assert loss.item() == pytest.approx(total / weight, rel=1e-5)
     assert 0 <= report["right"] <= 1
 
 
 def test_a_batch_is_a_function_of_seed_and_step(processor):
-    one, again = (Dialogues(processor, 0, 2, True).make_batch(3) for _ in range(2))
-    other = Dialogues(processor, 1, 2, True).make_batch(3)
+    one, again = (Dialogues(processor, 0, 2).make_batch(3) for _ in range(2))
+    other = Dialogues(processor, 1, 2).make_batch(3)
     assert [row.ids for row in one.inputs] == [row.ids for row in again.inputs]
     assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(one.inputs, again.inputs, strict=True))
     assert [row.ids for row in one.inputs] != [row.ids for row in other.inputs]
@@ -90,7 +100,7 @@ def test_gradients_reach_only_what_a_stage_trains(processor):
     modules = run.new_modules(processor)
     for name, parameter in modules.named_parameters():
         parameter.requires_grad_(name.startswith(PROJECTOR.trains))
-    dialogue_loss(modules["vlm"], Dialogues(processor, 0, 2, True).make_batch(0))[0].backward()
+    dialogue_loss(modules["vlm"], Dialogues(processor, 0, 2).make_batch(0))[0].backward()
     moved = {name for name, parameter in modules.named_parameters() if parameter.grad is not None}
     assert moved == {
         "vlm.image_newline",

@@ -12,12 +12,17 @@ from minivlm.errors import InputError, NumericError
 from minivlm.train import recipe, run
 from minivlm.train.loop import run_stage
 from minivlm.train.optim import cosine
+from minivlm.train.state import load_modules
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs PyTorch 2.9's Muon")
 # All stages, three steps each.
 SMALL = tuple(replace(stage, steps=3, batch=2, warmup=1) for stage in recipe.STAGES)
-# In the encoder stages' reach, but behind the tapped layer: LLaVA never runs it.
-NEVER_RUN = {"vlm.vision_tower.post_layernorm.weight", "vlm.vision_tower.post_layernorm.bias"}
+# In a stage's reach, but not in its loss: what lies behind the tapped layer, which LLaVA never runs, and the head of
+# the other encoder stage.
+UNUSED = {
+    "encoder": ("vlm.vision_tower.post_layernorm.", "heads.places."),
+    "places": ("vlm.vision_tower.post_layernorm.", "heads.box."),
+}
 
 
 def train(folder, stages=SMALL):
@@ -91,7 +96,34 @@ def test_a_stage_moves_only_what_it_trains(tmp_path):
         moved = {name for name, value in modules.named_parameters() if not torch.equal(value, before[name])}
         assert moved
         assert all(name.startswith(stage.trains) for name in moved)
-        assert {name for name in before if name.startswith(stage.trains)} - moved <= NEVER_RUN
+        still = {name for name in before if name.startswith(stage.trains)} - moved
+        assert all(name.startswith(UNUSED.get(stage.name, ("nothing",))) for name in still)
+
+
+def test_untrained_attention_attends_to_what_is_alike(tmp_path):
+    """Without rotary angles, a query's best key among random vectors is its own: in every head of every layer."""
+    vlm = run.new_modules(run.new_processor(tmp_path))["vlm"]
+    vectors = torch.randn(64, vlm.config.text.hidden_size)
+    for layer in vlm.language_model.layers:
+        attention = layer.self_attn
+        q = attention.q_proj(vectors).unflatten(-1, (-1, attention.head_dim))  # [S, H, C]
+        k = attention.k_proj(vectors).unflatten(-1, (-1, attention.head_dim))  # [S, K, C]
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("qhc,khc->hqk", q, k)
+        assert (scores.argmax(-1) == torch.arange(64)).float().mean() > 0.95
+
+
+def test_the_projectors_stage_begins_with_a_new_projector(finished, tmp_path):
+    """LLaVA's first stage aligns an untrained projector, whatever the decoder was warmed up with."""
+    processor = run.new_processor(tmp_path)
+    untrained, modules = run.new_modules(processor), run.new_modules(processor)
+    load_modules(finished, modules)
+    run.renew(modules, recipe.PROJECTOR.renews, processor)
+    for (name, value), new in zip(modules.named_parameters(), untrained.parameters(), strict=True):
+        if name.startswith(recipe.PROJECTOR.trains):
+            assert torch.equal(value, new), name
+        elif name.startswith("vlm.language_model.layers."):
+            assert not torch.equal(value, new), name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
