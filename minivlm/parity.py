@@ -113,6 +113,8 @@ def run(
     _transformers()  # first: a missing one should not wait for gigabytes of weights
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance: found {tolerance}, expected a number of at least 0")
+    if tokens < 1:
+        raise InputError(f"tokens: found {tokens}, expected at least 1")
     folder = hub.resolve(model)
     with tqdm(desc="parity", total=3, delay=1, unit="run") as bar:
         pipeline = load(folder, device=device, dtype=dtype, backend=backend)
