@@ -56,7 +56,8 @@ def test_an_answer_goes_to_stdout_and_the_rest_to_stderr(folder, vlm, picture):
     done = process("generate", "what is it", *arguments)
     expected = vlm.generate("what is it", [picture], max_new_tokens=12)
     assert (done.returncode, done.stdout) == (0, expected.text + "\n")
-    assert f"prompt of {expected.prompt_tokens} tokens" in done.stderr and "by --max-new-tokens" in done.stderr
+    assert f"prompt of {expected.prompt_tokens} tokens with 1 picture" in done.stderr
+    assert "by --max-new-tokens" in done.stderr
 
 
 def test_json_is_one_object_with_everything(run, folder, vlm, picture):
