@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, message):
         (["generate", "the cat " * 500], "prompt: found "),
         (["generate", "hi", "--max-new-tokens", "9999"], "max_new_tokens: found 9999 after a prompt of"),
         (["generate", "<image> hi", "--raw"], "1 <image> for 0 pictures, expected one each"),
-        (["parity", "--tokens", "0"], "max_new_tokens: found 0"),
+        (["parity", "--tokens", "0"], "tokens: found 0, expected at least 1"),
         (["eval", "--count", "0"], "count: found 0, expected at least 1"),
     ],
 )
