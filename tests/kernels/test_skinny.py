@@ -1,10 +1,20 @@
-"""Packed weights against what they stand for; products of few rows: the twin against float64, the kernel against it."""
+"""Packed weights against what they stand for; products of few rows: the twin against float64, the kernel against it.
+
+Also the compilation of these and of the other small kernels (norms, rotation, activations), in one process per chip.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from problems import check_kernel, poisoned_memory, values
 
-from minivlm.kernels import quantise, skinny
+from minivlm.kernels import activations, norms, quantise, rope, skinny
 from minivlm.kernels.quantise import dequantise_int4, dequantise_int8, error_of, quantise_int4, quantise_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, interpreting: exp(100) is inf
@@ -196,3 +206,99 @@ def test_wrong_arguments_are_refused(device):
         with pytest.raises(ValueError, match=message):
             skinny.skinny_linear(*bad)
     assert quantise.GROUP == 128
+
+
+# ---- compiled for chips that are not here, at the sizes of SigLIP (1152) and of 7B decoders (4096)
+
+# Registers of a thread. 255 is all that there are; an elementwise kernel with 64 can fill a multiprocessor half.
+MOST_REGISTERS = {"_norm": 128, "_swiglu": 64, "_gelu": 64, "_rotate_and_cache": 64, "_skinny": 255, "_add_parts": 64}
+MOST_SHARED = 80 * 1024  # bytes: two programs fit in a multiprocessor of either chip
+
+
+def there(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def normalise(name: str, width: int, dtype: torch.dtype) -> None:
+    rows, weights = (there(*shape, dtype=dtype) for shape in ((5, width), (width,)))
+    added = (rows,) if name.startswith("add") else ()
+    vars(norms)[name]._init_fn(rows, *added, weights, *((weights,) if "layer" in name else ()), EPS)
+
+
+def activate(name: str, biased: bool, dtype: torch.dtype) -> None:
+    rows = there(5, 4096, dtype=dtype)
+    second = rows if name == "swiglu" else there(4096, dtype=dtype) if biased else None
+    vars(activations)[name]._init_fn(rows, second)
+
+
+def turn(heads: int, kv_heads: int, channels: int, dtype: torch.dtype) -> None:
+    q, k = there(5, heads, channels, dtype=dtype), there(5, kv_heads, channels, dtype=dtype)
+    angles, index = there(5, 1, channels, dtype=dtype), there(5, dtype=torch.int32)
+    cache = there(2, kv_heads, 4096, channels, dtype=dtype)
+    rope.rotate_and_cache._init_fn(q, k, k, angles, angles, index, index, cache, cache)
+
+
+def multiply(kind: str, rows: int, option: str, dtype: torch.dtype) -> None:
+    """The head, gate and up, or the attention's output (in parts) of a 7B decoder."""
+    outputs = {"normed": 32064, "normed swiglu": 28672, "residual": 4096}[option]
+    weight, scale = {
+        "float": lambda: (there(outputs, 4096, dtype=dtype), None),
+        "int8": lambda: (there(outputs, 4096, dtype=torch.int8), there(outputs, dtype=torch.float32)),
+        "int4": lambda: (there(outputs, 2048, dtype=torch.uint8), there(outputs, 32, dtype=dtype)),
+    }[kind]()
+    norm = there(4096, dtype=dtype) if "normed" in option else None
+    residual = there(rows, outputs, dtype=dtype) if option == "residual" else None
+    x = there(rows, 4096, dtype=dtype)
+    skinny.skinny_linear._init_fn(x, weight, scale, norm, EPS, residual, "swiglu" in option)
+
+
+def launches() -> Iterator[tuple]:
+    """A function and its arguments for every form of a kernel, in every dtype.
+
+    Products in float16 are compiled in their largest form only: but for one conversion they are bfloat16's.
+    """
+    for dtype in DTYPES:
+        for name in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"):
+            for width in (1152, 4096, 16384) if name.startswith("add") else (4096,):
+                yield normalise, (name, width, dtype)
+        yield activate, ("swiglu", False, dtype)
+        for name in ("quick_gelu", "gelu", "gelu_tanh"):
+            yield activate, (name, True, dtype)
+            yield activate, (name, False, dtype)
+        for sizes in ((32, 8, 128), (12, 12, 80)):
+            yield turn, (*sizes, dtype)
+        for kind in QUANTISE:
+            for rows in (1, 8):
+                for option in OPTIONS if dtype != torch.float16 else ("normed swiglu",):
+                    yield multiply, (kind, rows, option, dtype)
+
+
+def test_compiles_without_spills_for_chips_that_are_not_here():
+    """Both at once, each in a process of its own: this one may hold the kernels as the interpreter wants them."""
+    folder = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "import compiled, test_skinny; compiled.calls = test_skinny.launches; compiled.main()"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, chip],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for chip in ("80", "90")
+    ]
+    for process in running:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        print(out)
+        found = [json.loads(line) for line in out.splitlines()]
+        assert {one["kernel"] for one in found} == set(MOST_REGISTERS)
+        for one in found:
+            assert one["stack"] == 0 and one["shared"] <= MOST_SHARED, one
+            assert one["registers"] <= MOST_REGISTERS[one["kernel"]], one
+            if one["kernel"] == "_skinny":  # weights are under way while others are multiplied
+                assert "cp.async" in one["instructions"], one
+                on_tensor_cores = " 8 " in one["call"] and "float32" not in one["call"]
+                assert ("mma.sync" in one["instructions"]) == on_tensor_cores, one
