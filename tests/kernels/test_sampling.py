@@ -251,6 +251,13 @@ def test_greedy_and_alternatives_take_equals_by_id(device: torch.device):
     assert found[3].tolist() == [[0, 1, 2, 3], [2500, 2501, 2502, 2503]]
 
 
+def test_zero_and_minus_zero_are_equal(device: torch.device):
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -2.0], [-1.0, 0.0, -0.0, -2.0]]).repeat(2, 1)
+    samplings = [Sampling(top_k=1, seed=0)] * 2 + [Sampling(top_p=0.3, seed=0)] * 2
+    found = run(device, arguments(logits, samplings, [0] * 4))
+    assert found[2].tolist() == pytest.approx([-math.log(2)] * 4, abs=1e-6)
+
+
 def test_alternatives_end_where_probability_does(device: torch.device):
     logits = torch.tensor([[0.0, -torch.inf, 2.0, 3.0]])
     found = run(device, arguments(logits, [Sampling()], [0], None, torch.tensor([[True, True, True, False]]), count=4))
@@ -326,12 +333,12 @@ def test_frequencies_follow_the_exact_probabilities(device: torch.device):
 
 
 def test_scores_closer_than_float32_noise_are_told_apart(device: torch.device):
-    """Two ids whose perturbed scores differ by 3e-7, on either side: float32 alone would err in many of the rows."""
-    rows = 24
+    """Two ids whose perturbed scores differ by the rounding of one logit, up to 1e-7, on either side."""
+    rows = 48
     logits = torch.zeros(rows, 2)
     for row in range(rows):
         noise = sampler.gumbel_noise(1, row, torch.arange(2))
-        logits[row, row % 2] = float(noise[1 - row % 2] - noise[row % 2] + (3e-7 if row % 4 < 2 else -3e-7))
+        logits[row, row % 2] = float(noise[1 - row % 2] - noise[row % 2])
     samplings = [Sampling(seed=1)] * rows
     found = run(device, arguments(logits, samplings, list(range(rows))))
     expected = sampler.sample(logits, samplings, range(rows), [()] * rows)
@@ -450,4 +457,4 @@ def test_compiles_for_gpus_that_are_not_here():
     assert len(lines) == 8
     for line in lines:
         registers, stack, shared = map(int, line.split()[-3:])
-        assert registers <= 128 and stack <= 32 and shared <= 48 * 1024, line
+        assert registers <= 128 and stack <= 16 and shared <= 48 * 1024, line
