@@ -16,7 +16,7 @@ TOKENS = ((2, 0), (2, 1), (2, 2), (0, CAPACITY - 1), (3, 5), (3, 6))
 
 
 def arguments(sizes, device, dtype, tokens=TOKENS):
-    """q, k and v are slices of one projection, and the caches those of the middle one of three layers; their holes are NaN."""
+    """q, k, v are slices of one projection, the caches those of the middle one of three layers, of NaN."""
     heads, kv_heads, channels = sizes
     fused = values(len(tokens), heads + 2 * kv_heads, channels, seed=1)
     q, k, v = fused.to(device, dtype).split((heads, kv_heads, kv_heads), dim=1)
