@@ -427,6 +427,17 @@ def _choose(scratch, places, n, rest, lo, peak, k, bound, min_p, seed, position,
 
 
 @triton.jit
+def _refuse(row, IDS, LOGPROBS, SAMPLED, TOP_IDS, TOP_LOGPROBS, COUNT: tl.constexpr):
+    """What a row in error reports."""
+    tl.store(IDS + row, 0)
+    tl.store(LOGPROBS + row, float("nan"))
+    tl.store(SAMPLED + row, float("nan"))
+    for rank in range(COUNT):
+        tl.store(TOP_IDS + row * COUNT + rank, -1)
+        tl.store(TOP_LOGPROBS + row * COUNT + rank, float("nan"))
+
+
+@triton.jit
 def _sample(
     LOGITS, SEEDS, POSITIONS, TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, SEEN, ALLOWED,
     IDS, LOGPROBS, SAMPLED, TOP_IDS, TOP_LOGPROBS, ERRORS, SCRATCH, PLACES,
@@ -452,12 +463,7 @@ def _sample(
     error = tl.where((trouble == 2) | (raw_peak == -INF), BROKEN, error)
     tl.store(ERRORS + row, error)
     if error != 0:
-        tl.store(IDS + row, 0)
-        tl.store(LOGPROBS + row, float("nan"))
-        tl.store(SAMPLED + row, float("nan"))
-        for rank in range(COUNT):
-            tl.store(TOP_IDS + row * COUNT + rank, -1)
-            tl.store(TOP_LOGPROBS + row * COUNT + rank, float("nan"))
+        _refuse(row, IDS, LOGPROBS, SAMPLED, TOP_IDS, TOP_LOGPROBS, COUNT)
         return
 
     k = tl.load(TOP_K + row)
