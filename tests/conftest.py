@@ -1,13 +1,20 @@
 """Shared by all tests; its being here also puts tests/ on the import path, for `tiny`."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+
+# Triton makes its functions for a GPU or for its interpreter when it is imported, and torch's compiler, which
+# transformers loads, imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import tiny
 import transformers
 
 import minivlm

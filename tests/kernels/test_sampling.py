@@ -11,11 +11,11 @@ import torch
 import transformers
 import triton
 import triton.language as tl
+from minivlm.kernels import sampling, sampling_stages
 from problems import poisoned_memory
 from torch import Tensor
 
 from minivlm import sampler
-from minivlm.kernels import sampling
 from minivlm.sampler import Sampling
 
 EDGE = 2.0**-18  # the stated rounding of a boundary, as a share of what is compared
@@ -350,9 +350,9 @@ def _noises(HIGH, LOW, NARROW, WIDE, SEED, POSITION, RANDOM, N: tl.constexpr):
     at = tl.arange(0, N)
     high = tl.load(HIGH + at).to(tl.uint32)
     low = tl.load(LOW + at).to(tl.uint32)
-    tl.store(NARROW + at, sampling._gumbel(high, low, False))
-    tl.store(WIDE + at, sampling._gumbel(high, low, True))
-    high, low = sampling._bits_of(tl.load(SEED), tl.load(POSITION), at)
+    tl.store(NARROW + at, sampling_stages._gumbel(high, low, False))
+    tl.store(WIDE + at, sampling_stages._gumbel(high, low, True))
+    high, low = sampling_stages._bits_of(tl.load(SEED), tl.load(POSITION), at)
     tl.store(RANDOM + at, high.to(tl.int64) * 4294967296 + low.to(tl.int64))
 
 
