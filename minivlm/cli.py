@@ -32,7 +32,7 @@ from minivlm.train import recipe
 from minivlm.train.run import train
 from minivlm.train.state import read_progress
 
-SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "What is written?"
+SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "Describe the picture."
 FAILED, INTERRUPTED, NO_READER = 1, 130, 141
 # What has a line to show and no need of a traceback.
 TOLD = (InputError, NumericError, OSError, SafetensorError, torch.OutOfMemoryError)
@@ -116,7 +116,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(json.dumps(_plain(reply) | asked | _computed(vlm) | {"load_seconds": seconds}, ensure_ascii=False))
         return 0
     tokens, first, rest = show(vlm.stream(inputs, **settings))
-    _summarise(vlm, Reply(tuple(tokens), len(inputs.ids), seed, first, rest), arguments.max_new_tokens)
+    _summarise(vlm, len(pictures), Reply(tuple(tokens), len(inputs.ids), seed, first, rest), arguments.max_new_tokens)
     return 0
 
 
@@ -233,12 +233,14 @@ def _plain(reply: Reply) -> dict[str, Any]:
     return {"text": reply.text, "finish_reason": reply.finish_reason} | values
 
 
-def _summarise(vlm: Pipeline, reply: Reply, limit: int | None) -> None:
+def _summarise(vlm: Pipeline, pictures: int, reply: Reply, limit: int | None) -> None:
     """One line on stderr: sizes, times, how it was computed, and what a reader may want to know of the end."""
     later = len(reply.tokens) - 1
     speed = f", {later / reply.decode_seconds:.0f} a second" if later and reply.decode_seconds else ""
     tokens = f"{len(reply.tokens)} token{'s' if later else ''}{speed}"
-    parts = [f"prompt of {reply.prompt_tokens} tokens in {reply.prefill_seconds:.2f} s", tokens, _where(vlm)]
+    seen = "without a picture" if not pictures else f"with {pictures} picture{'s' if pictures > 1 else ''}"
+    prompt = f"prompt of {reply.prompt_tokens} tokens {seen} in {reply.prefill_seconds:.2f} s"
+    parts = [prompt, tokens, _where(vlm)]
     if reply.seed is not None:
         parts.append(f"seed {reply.seed}")
     if reply.finish_reason == "length":

@@ -1,7 +1,7 @@
 """Generation: prefill the prompts, then choose one token a step for every row that still runs.
 
-It knows nothing of files, pixels or chat templates; text is only what ids decode to. This is the one place
-that switches gradients off. Rows that end leave the packed batch at once: no step computes anything for them.
+It knows nothing of files, pixels or chat templates; text is only what ids decode to. Gradients are switched off
+here, and nowhere in the model. Rows that end leave the packed batch at once: no step computes anything for them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -138,7 +138,7 @@ def _limit(prompt: int, max_new_tokens: int | None, context: int) -> int:
 
 
 def new_cache(model: VLM, rows: Sequence[Row]) -> KVCache:
-    """A cache with a slot for each row, long enough for the longest; only answers without a limit grow it."""
+    """A cache with a slot for each row, as long as the longest; answers without a limit and later turns grow it."""
     return model.language_model.new_cache(len(rows), max(_capacity(row) for row in rows))
 
 

@@ -20,6 +20,8 @@ def resolve(model: str | Path | None) -> Path:
     """
     if model is None:
         return _shipped()
+    if not isinstance(model, str | Path):
+        raise InputError(f"model: expected a folder or a hub id, found {type(model).__name__} {model!r:.80}")
     path = Path(model).expanduser()
     if model != "" and path.is_dir():
         return path

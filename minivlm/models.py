@@ -1,4 +1,4 @@
-"""Published models as data: parts, context, prompt format; the only file in which a model's name appears.
+"""Published models as data: parts, context, prompt format.
 
 A checkpoint's own chat template goes before anything here. Where a folder has none, the prompt format is that
 of the published model with the same structure; names and paths of folders are never looked at.

@@ -113,6 +113,8 @@ def run(
     _transformers()  # first: a missing one should not wait for gigabytes of weights
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance: found {tolerance}, expected a number of at least 0")
+    if tokens < 1:
+        raise InputError(f"tokens: found {tokens}, expected at least 1")
     folder = hub.resolve(model)
     with tqdm(desc="parity", total=3, delay=1, unit="run") as bar:
         pipeline = load(folder, device=device, dtype=dtype, backend=backend)
@@ -213,7 +215,7 @@ def _run_transformers(case: Case, attention: str) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["pixel_values"] = inputs.tiles.to(case.device)
     if SIZES in names:
-        batch["pixel_values"] = batch["pixel_values"][None]  # [1, N, 3, S, S]
+        batch["pixel_values"] = batch["pixel_values"][None]  # [1, N, 3, T, T]
         batch["image_sizes"] = torch.tensor(inputs.image_sizes)
     with _tapped(model, "model.", names) as seen:
         output = model(**batch, use_cache=False)
@@ -293,7 +295,7 @@ def _process(case: Case) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             f"AutoTokenizer chose {chosen}, which does not give the ids of tokenizer.json ({len(other_ids)} ids "
             f"instead of {len(ids)} for this prompt); what is compared are the ids of tokenizer.json"
         )
-    values = {PIXELS: pixels.reshape(-1, *pixels.shape[-3:]), IDS: ids}  # [1, N, 3, S, S] -> [N, 3, S, S]
+    values = {PIXELS: pixels.reshape(-1, *pixels.shape[-3:]), IDS: ids}  # [1, N, 3, T, T] -> [N, 3, T, T]
     if "image_sizes" in batch:
         values[SIZES] = batch["image_sizes"]
     return values, tuple(notes)

@@ -104,7 +104,8 @@ class Pipeline:
     ) -> list[Reply]:
         """The answers to several (prompt, images) pairs, computed together; all share the settings.
 
-        Each is the answer that `generate` gives to its pair alone.
+        Each is the answer that `generate` gives to its pair alone, wherever the best two logits differ by more than
+        rounding: a packed batch may sum in another order (1e-5 in float32).
         """
         options = Options.of(settings)
         rows = [self._row(self.inputs(*_pair(request, i), raw), options) for i, request in enumerate(requests)]

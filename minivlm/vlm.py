@@ -1,6 +1,7 @@
 """The whole model on one screen: vision tower, projector, packing, merge, decoder (Liu et al. 2024, LLaVA-NeXT).
 
-    tiles [N,3,S,S] -> vision_tower -> features [N,P,Dv] -> projector -> [N,P,D] -> pack -> image tokens [I,D]
+    tiles [N,3,T,T] -> vision_tower -> [N,1+P,Dv] -> without the class token [N,P,Dv] -> projector -> [N,P,D]
+                    -> pack -> image tokens [I,D]
     ids [S] -> embed_tokens -> [S,D] -> merge <- image tokens;  embeddings [S,D] -> language_model -> logits [S,V]
 
 It knows nothing of files, text or generation. Every module is trainable; nothing here switches gradients off.
@@ -58,10 +59,7 @@ class VLMConfig:
         if model_type not in ("llava", "llava_next"):
             raise InputError(f"{where}: model_type = {model_type!r} is not supported, expected 'llava' or 'llava_next'")
         f.only("use_image_newline_parameter", True)
-        f.read |= {
-            "vocab_size",
-            "vision_feature_layer",
-        }  # vocab_size is the text config's; the layer is read below
+        f.read |= {"vocab_size", "vision_feature_layer"}  # the text config's, and read below
         text_values = dict(f.get("text_config", dict, None) or {})
         if f.get("tie_word_embeddings", bool, False):
             text_values["tie_word_embeddings"] = True
@@ -130,7 +128,11 @@ def _pinpoints(f: Fields, where: str) -> tuple[tuple[int, int], ...]:
 
 
 class VLM(nn.Module):
-    """LLaVA-1.5 or LLaVA-NeXT. Parameter names are the published checkpoint's but for two prefixes."""
+    """LLaVA-1.5 or LLaVA-NeXT. Parameter names are the published checkpoint's but for two prefixes.
+
+    `language_model.model.layers` is `language_model.layers` here (so are `embed_tokens` and `norm`), and
+    `vision_tower.vision_model.encoder` is `vision_tower.encoder` (checkpoint.py, RENAMES).
+    """
 
     def __init__(self, config: VLMConfig, backend: Backend):
         super().__init__()
@@ -160,7 +162,7 @@ class VLM(nn.Module):
         pictures = [size for row in inputs for size in row.image_sizes]
         if not pictures:
             return merge(embeddings, ids, embeddings[:0], self.config.image_token_id)
-        tiles = torch.cat([row.tiles for row in inputs]).to(device)  # [N, 3, S, S]
+        tiles = torch.cat([row.tiles for row in inputs]).to(device)  # [N, 3, T, T]
         image_tokens = self.encode_images(tiles, pictures, [count for row in inputs for count in row.tile_counts])
         return merge(embeddings, ids, torch.cat(image_tokens), self.config.image_token_id)
 
@@ -169,13 +171,13 @@ class VLM(nn.Module):
     ) -> list[Tensor]:
         """The image tokens [I, D] of each picture.
 
-        tiles [N, 3, S, S]: all pictures' tiles in reading order; image_sizes: original (height, width) of each;
+        tiles [N, 3, T, T]: all pictures' tiles in reading order; image_sizes: original (height, width) of each;
         tile_counts: tiles of each picture, N in all.
         """
         states = self.vision_tower(tiles, self.config.depths)  # of each feature layer [N, 1 + P, Dv]
         features = torch.cat(states, dim=-1)
         if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # [N, P, Dv]
+            features = features[:, 1:]  # [N, P, Dv], times the number of feature layers
         if self.config.image_grid_pinpoints is None and len(states) > 1:
             # Strides choose the kernel of the linear layer that follows, and so its rounding in 16 bits. Where
             # several layers are tapped, transformers' LLaVA-1.5 slices first and LLaVA-NeXT joins first.
@@ -183,7 +185,7 @@ class VLM(nn.Module):
         features = self.multi_modal_projector(features)  # [N, P, D]
         by_picture = features.split(list(tile_counts))
         if self.config.image_grid_pinpoints is None:  # LLaVA-1.5: one tile is the whole picture
-            return [tile for (tile,) in by_picture]
+            return [base for (base,) in by_picture]
         vision, pinpoints = self.config.vision, self.config.image_grid_pinpoints
         return [
             pack_image_features(picture, self.image_newline, size, pinpoints, vision.image_size, vision.patch_size)

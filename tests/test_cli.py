@@ -56,7 +56,8 @@ def test_an_answer_goes_to_stdout_and_the_rest_to_stderr(folder, vlm, picture):
     done = process("generate", "what is it", *arguments)
     expected = vlm.generate("what is it", [picture], max_new_tokens=12)
     assert (done.returncode, done.stdout) == (0, expected.text + "\n")
-    assert f"prompt of {expected.prompt_tokens} tokens" in done.stderr and "by --max-new-tokens" in done.stderr
+    assert f"prompt of {expected.prompt_tokens} tokens with 1 picture" in done.stderr
+    assert "by --max-new-tokens" in done.stderr
 
 
 def test_json_is_one_object_with_everything(run, folder, vlm, picture):
@@ -164,7 +165,7 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, message):
         (["generate", "the cat " * 500], "prompt: found "),
         (["generate", "hi", "--max-new-tokens", "9999"], "max_new_tokens: found 9999 after a prompt of"),
         (["generate", "<image> hi", "--raw"], "1 <image> for 0 pictures, expected one each"),
-        (["parity", "--tokens", "0"], "max_new_tokens: found 0"),
+        (["parity", "--tokens", "0"], "tokens: found 0, expected at least 1"),
         (["eval", "--count", "0"], "count: found 0, expected at least 1"),
     ],
 )

@@ -160,6 +160,12 @@ def test_what_looks_like_a_path_is_never_fetched(model, tmp_path, monkeypatch):
         hub.resolve(model)
 
 
+@pytest.mark.parametrize("model", [3, ["a"], b"weights"])
+def test_what_names_no_model_is_refused(model):
+    with pytest.raises(InputError, match="model: expected a folder or a hub id, found "):
+        hub.resolve(model)
+
+
 def test_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")

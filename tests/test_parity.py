@@ -290,7 +290,7 @@ def test_an_old_transformers_is_refused(tiny_of, monkeypatch):
     [
         ({"tolerance": -1.0}, "tolerance: found -1.0, expected a number of at least 0"),
         ({"tolerance": math.nan}, "tolerance: found nan"),
-        ({"tokens": 0}, "max_new_tokens: found 0"),
+        ({"tokens": 0}, "tokens: found 0, expected at least 1"),
         ({"tokens": 1000}, "max_new_tokens: found 1000"),
         ({"raw": True}, "0 <image> for 1 pictures"),
         ({"image": "none.png"}, "none.png: no such file"),

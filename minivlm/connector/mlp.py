@@ -15,5 +15,5 @@ class MLPProjector(nn.Module):
         self.linear_2 = nn.Linear(out_width, out_width, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [N, P, Dv] -> [N, P, D]."""
+        """features [N, P, in_width] -> image tokens before packing [N, P, D]."""
         return self.linear_2(self.activation(self.linear_1(features)))

@@ -19,7 +19,7 @@ from minivlm.ops.rows import Rows
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations that blocks are built from; each has the signature of its plain twin below."""
+    """The operations that blocks are built from; each has the signature of its plain form below."""
 
     name: str
     norm_linear: Callable

@@ -1,7 +1,8 @@
 """How several prompts share one packed sequence: which tokens belong to which row, and what each may see.
 
-There is no padding and no mask tensor in the decoder's interface. B rows lie end to end along S, and what a query
-may see is an interval of keys. Example: two rows of 3 and 2 new tokens, the second with 4 keys already cached:
+There is no padding, and a mask is never part of the input: B rows lie end to end along S, and what a query may see is
+an interval of keys. A backend that needs a mask makes it from these. Example: two rows of 3 and 2 new tokens, the
+second with 4 keys already cached:
 
     packed position   0  1  2 | 3  4            lengths = (3, 2)
     row               0  0  0 | 1  1            starts  = (0, 4)

@@ -1,7 +1,7 @@
 """The processor: text and pictures to the model's inputs, and ids back to text. It imports no model code.
 
 anyres.py counts image tokens, images.py opens pictures, pixels.py cuts them into tiles, tokens.py and
-prompts.py handle text. Ids and pixels equal those of transformers' LlavaNextProcessor and LlavaProcessor.
+prompts.py handle text. Pixels equal those of transformers' PIL image processors, ids those of tokenizer.json.
 """
 
 import json
@@ -41,7 +41,7 @@ class Inputs:
     """One row for the model: one prompt with its pictures.
 
     ids: S expanded ids, one image placeholder id per image token.
-    tiles: [N, 3, S, S] float32, all pictures' tiles in reading order, base tiles first; N may be 0.
+    tiles: [N, 3, T, T] float32, all pictures' tiles in reading order, base tiles first; N may be 0.
     image_sizes: original (height, width) of each picture. tile_counts: tiles of each picture, N in all.
     """
 

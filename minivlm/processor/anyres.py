@@ -1,6 +1,7 @@
 """Any-resolution tiling: the canvas of a picture, the number of its image tokens, the packing of features.
 
-Pure geometry; it knows nothing of pixels, text or the model. Every size is (height, width) in Python ints.
+Pure geometry; it knows nothing of pixels or text, and of the model only how many patches a tile has. Every size is
+(height, width) in Python ints.
 Source: LLaVA-NeXT (Liu et al. 2024), in the form of Hugging Face's `llava_next`. That form differs from the
 original code in one place: the original reads the pinpoints as (width, height). The published set is
 symmetric, so only ties are affected: a picture of at most 336x336 gets the canvas 336 high and 672 wide here,
@@ -26,7 +27,7 @@ Size = tuple[int, int]
 class VisionGeometry:
     """What the model's config.json says about image tokens; the processor counts by it.
 
-    image_size: side S of a tile in pixels; patch_size: side of a patch in pixels;
+    image_size: side T of a tile in pixels; patch_size: side of a patch in pixels;
     image_grid_pinpoints: the canvases (height, width) of LLaVA-NeXT, None for LLaVA-1.5's one tile a picture;
     vision_feature_select_strategy: "default" drops the class token, "full" keeps it;
     num_additional_image_tokens: class tokens that the encoder puts before its patches: CLIP 1, SigLIP 0.

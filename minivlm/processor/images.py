@@ -83,6 +83,8 @@ def _shorten(name: str) -> str:
 
 
 def _read_file(path: Path, name: str) -> bytes:
+    if not name:
+        raise InputError("picture: an empty path, expected a file")
     if path.is_dir():
         raise InputError(f"picture {name}: is a folder, expected a file")
     try:

@@ -1,4 +1,4 @@
-"""From an RGB picture to normalised tiles [N, 3, S, S], bit for bit as Hugging Face's PIL image processors.
+"""From an RGB picture to normalised tiles [N, 3, T, T], bit for bit as Hugging Face's PIL image processors.
 
 `LlavaNextImageProcessorPil` (any resolution), `LlavaImageProcessorPil` and `CLIPImageProcessorPil` (one tile)
 of transformers 5; their torchvision twins differ by up to two grey levels. It knows nothing of files, text or
@@ -36,7 +36,7 @@ MAX_PIXELS = 2**26
 class ImageConfig:
     """What preprocessor_config.json says. Sizes in pixels.
 
-    tile: side S of a tile; resize: (height, width) to squash to, or the new length of the shorter side;
+    tile: side T of a tile; resize: (height, width) to squash to, or the new length of the shorter side;
     image_grid_pinpoints: the canvases (height, width) of LLaVA-NeXT, or None for one tile a picture;
     pad_to_square: first pad with the mean colour, as the original LLaVA-1.5 does and `llava-hf` does not;
     resample: Pillow's number, 3 is bicubic.
@@ -113,7 +113,7 @@ class ImageConfig:
 
 
 def preprocess(image: Image.Image, config: ImageConfig) -> Tensor:
-    """Normalised tiles [N, 3, S, S] float32 of an RGB picture; with pinpoints the base tile comes first."""
+    """Normalised tiles [N, 3, T, T] float32 of an RGB picture; with pinpoints the base tile comes first."""
     if image.mode != "RGB":
         raise InputError(f"preprocess: a picture of mode {image.mode}, expected RGB (load_image gives it)")
     pixels = _one_tile(image, config) if config.image_grid_pinpoints is None else _anyres_tiles(image, config)
@@ -129,7 +129,7 @@ def preprocess(image: Image.Image, config: ImageConfig) -> Tensor:
 
 
 def _anyres_tiles(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """[N, S, S, 3] uint8: the whole picture squashed to one tile, then the tiles of the canvas row by row."""
+    """[N, T, T, 3] uint8: the whole picture squashed to one tile, then the tiles of the canvas row by row."""
     size, tile = (image.height, image.width), config.tile
     canvas = select_best_resolution(size, config.image_grid_pinpoints)
     fitted = fitted_size(size, canvas)
@@ -137,12 +137,12 @@ def _anyres_tiles(image: Image.Image, config: ImageConfig) -> np.ndarray:
     padded = Image.new("RGB", (canvas[1], canvas[0]))  # black, before normalisation
     padded.paste(_resized(image, fitted, config), (left, top))
     tiles = rearrange(np.asarray(padded), "(rows h) (columns w) c -> (rows columns) h w c", h=tile, w=tile)
-    base = np.asarray(_resized(image, (tile, tile), config))  # [S, S, 3]
+    base = np.asarray(_resized(image, (tile, tile), config))  # [T, T, 3]
     return np.concatenate([base[None], tiles])
 
 
 def _one_tile(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """[1, S, S, 3] uint8: the picture resized, and its centre cut out."""
+    """[1, T, T, 3] uint8: the picture resized, and its centre cut out."""
     if config.pad_to_square:
         image = _squared(image, config)
     if isinstance(config.resize, tuple):

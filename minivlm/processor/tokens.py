@@ -77,6 +77,8 @@ class Tokenizer:
         if image_token is None:
             raise InputError(f"{folder}: tokenizer.json has no id {image_token_id}, the model's image token")
         names = read_json(folder / "special_tokens_map.json")
+        if not names and not config:
+            raise InputError(f"{path}: not there or empty, as special_tokens_map.json: which token ends an answer?")
         names |= {key: value for key, value in config.items() if value is not None}
         keys = ("bos_token", "eos_token", "pad_token")
         return cls(backend, image_token, **{key: _text_of(names.get(key), f"{path}: {key}") for key in keys})

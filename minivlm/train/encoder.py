@@ -40,7 +40,7 @@ class PatchHeads(nn.Module):
 
 @dataclass(frozen=True)
 class PageBatch:
-    """N pages: tiles float32 [N, 3, S, S], labels int64 [N, P] by name, box float32 [N, P, 4], valid bool [N, P].
+    """N pages: tiles float32 [N, 3, T, T], labels int64 [N, P] by name, box float32 [N, P, 4], valid bool [N, P].
 
     box, in shares of the tile: from the patch's centre to its object's left, top, right and bottom side, outwards
     positive; or, `in_tile`, the places of those sides in the tile.
@@ -58,7 +58,7 @@ class PageBatch:
 
 
 def normalised(pictures: np.ndarray, config: ImageConfig) -> Tensor:
-    """uint8 [N, S, S, 3] -> float32 [N, 3, S, S], as the processor normalises a tile."""
+    """uint8 [N, T, T, 3] -> float32 [N, 3, T, T], as the processor normalises a tile."""
     mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
     tiles = (torch.from_numpy(pictures).float() / 255 - mean) / std
     return tiles.permute(0, 3, 1, 2).contiguous()

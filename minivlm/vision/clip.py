@@ -77,9 +77,9 @@ class CLIPVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.grid**2 + 1, width)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """tiles [N, 3, S, S] of any float dtype -> [N, 1 + P, D]."""
-        patches = self.patch_embedding(tiles.to(self.patch_embedding.weight.dtype))  # [N, D, S/patch, S/patch]
-        patches = rearrange(patches, "n d h w -> n (h w) d")  # [N, P, D]
+        """tiles [N, 3, T, T] of any float dtype -> [N, 1 + P, Dv]."""
+        patches = self.patch_embedding(tiles.to(self.patch_embedding.weight.dtype))  # [N, Dv, T/patch, T/patch]
+        patches = rearrange(patches, "n d h w -> n (h w) d")  # [N, P, Dv]
         classes = self.class_embedding.expand(patches.shape[0], 1, -1)
         return torch.cat((classes, patches), dim=1) + self.position_embedding.weight
 
@@ -98,9 +98,9 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         q, k, v = self.backend.norm_linear(x, norm, (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (rearrange(part, "n p (h c) -> n h p c", h=self.heads) for part in (q, k, v))  # [N, H, P, C]
+        q, k, v = (rearrange(part, "n p (h c) -> n h p c", h=self.heads) for part in (q, k, v))  # [N, H, 1 + P, C]
         out = self.backend.vision_attention(q, k, v)
-        return self.out_proj(rearrange(out, "n h p c -> n p (h c)"))  # [N, P, D]
+        return self.out_proj(rearrange(out, "n h p c -> n p (h c)"))  # [N, P, Dv]
 
 
 class CLIPMLP(nn.Module):
@@ -150,9 +150,9 @@ class CLIPVisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tiles: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """The hidden states [N, 1 + P, D] after each of the given numbers of layers; deeper layers do not run.
+        """The hidden states [N, 1 + P, Dv] after each of the given numbers of layers; deeper layers do not run.
 
-        depths: 0 is the output of `pre_layrnorm`, L that of the last layer. Row 0 of P is the class token.
+        depths: 0 is the output of `pre_layrnorm`, L that of the last layer. Position 0 is the class token.
         LLaVA's feature layer -2 of 24 layers is depth 23: layer 24 is skipped.
         """
         x = self.pre_layrnorm(self.embeddings(tiles))

@@ -207,6 +207,11 @@ def test_a_folder_is_refused(tmp_path):
         load_image(tmp_path)
 
 
+def test_an_empty_path_is_refused():
+    with pytest.raises(InputError, match="picture: an empty path, expected a file"):
+        load_image("")
+
+
 def test_a_line_of_pixels_is_legal():
     assert load_image(Image.new("L", (20000, 1))).size == (20000, 1)
 

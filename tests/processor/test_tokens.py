@@ -214,7 +214,8 @@ def test_special_tokens_of_a_folder(tmp_path, config, special):
         ({**SPECIAL, "eos_token": 7}, 32000, "eos_token is 7, expected a string"),
         ({"added_tokens_decoder": {"32005": {"content": "<x>"}}}, 32000, "has '<x>' as id 32005"),
         ({"added_tokens_decoder": [1]}, 32000, "added_tokens_decoder is a list"),
-        ({}, 32000, r"post-processor adds ids \[1\], expected only None"),
+        ({}, 32000, r"tokenizer_config.json: not there or empty, as special_tokens_map.json"),
+        ({"eos_token": "</s>"}, 32000, r"post-processor adds ids \[1\], expected only None"),
     ],
 )
 def test_bad_folders_are_refused(tmp_path, config, image_token_id, message):
