@@ -25,6 +25,8 @@ best leads by more than that noise's rounding; other rows, about one in 10,000, 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from minivlm.kernels.checks import DTYPES, require, require_device
 from minivlm.kernels.sampling_stages import (
     INF,
@@ -40,7 +42,6 @@ from minivlm.kernels.sampling_stages import (
     _refuse,
     _survey,
 )
-from torch import Tensor
 
 # Errors of a row. Such a row gets id 0, which a step that is already queued may embed, and NaN for log-probabilities.
 BROKEN = tl.constexpr(1)  # the logits hold NaN or +inf, or nothing finite

@@ -11,11 +11,11 @@ import torch
 import transformers
 import triton
 import triton.language as tl
-from minivlm.kernels import sampling, sampling_stages
 from problems import poisoned_memory
 from torch import Tensor
 
 from minivlm import sampler
+from minivlm.kernels import sampling, sampling_stages
 from minivlm.sampler import Sampling
 
 EDGE = 2.0**-18  # the stated rounding of a boundary, as a share of what is compared
