@@ -73,6 +73,40 @@ def plain_attention_decode(
 
 
 @triton.jit
+def _run_of(lo, hi, split, BLOCK_N: tl.constexpr):
+    """The keys [begin, stop) of this program: of what some query of the row sees, the split-th run of whole blocks.
+
+    Also `end`: no query sees a key from there on. Example: keys 0 .. 999 in blocks of 64 and 4 splits: runs of 256.
+    """
+    end = tl.max(tl.where(lo < hi, hi, 0), 0)
+    first = tl.minimum(tl.min(tl.where(lo < hi, lo, FAR), 0), end)
+    run = tl.cdiv(tl.cdiv(end - first, BLOCK_N), tl.num_programs(0)) * BLOCK_N
+    begin = first + split * run
+    return begin, tl.minimum(begin + run, end), end
+
+
+@triton.jit
+def _add_keys(
+    start, q, acc, peak, total, k, v, k_offsets, v_offsets, stride_kt, stride_vt, lo, hi, end, scale, real,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the keys start .. start + BLOCK_N - 1 to each lane's sums; when its peak rises, both fade."""
+    key = start + tl.arange(0, BLOCK_N)
+    written = (key < end)[:, None] & real[None, :]
+    k_block = tl.load(k + tl.cast(start, tl.int64) * stride_kt + k_offsets, written, 0.0)  # [BLOCK_N, C]
+    v_block = tl.load(v + tl.cast(start, tl.int64) * stride_vt + v_offsets, written, 0.0)
+    scores = tl.dot(q, tl.trans(k_block), input_precision="ieee") * scale  # [LANES, BLOCK_N]
+    seen = (lo[:, None] <= key[None, :]) & (key[None, :] < hi[:, None])
+    scores = tl.where(seen, scores, float("-inf"))
+    risen = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - risen[:, None])
+    fade = tl.exp2(peak - risen)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v_block.dtype), v_block, acc * fade[:, None], input_precision="ieee")
+    return acc, risen, total
+
+
+@triton.jit
 def _attend_split(
     Q, K, V, OUT, ACCS, PEAKS, TOTALS, LO, HI, SLOTS,
     stride_qs, stride_qh, stride_qc,
@@ -107,32 +141,17 @@ def _attend_split(
     k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_kt + channel[None, :] * stride_kc
     v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_vt + channel[None, :] * stride_vc
 
-    # Some query sees a key only in [first, end); this program takes the split-th run of whole blocks of it.
     lo = tl.load(LO + query, inside, 0)
     hi = tl.load(HI + query, inside, 0)
-    end = tl.max(tl.where(lo < hi, hi, 0), 0)
-    first = tl.minimum(tl.min(tl.where(lo < hi, lo, FAR), 0), end)
-    run = tl.cdiv(tl.cdiv(end - first, BLOCK_N), tl.num_programs(0)) * BLOCK_N
-    begin = first + split * run
-    stop = tl.minimum(begin + run, end)
-
+    begin, stop, end = _run_of(lo, hi, split, BLOCK_N)
     peak = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     acc = tl.zeros([LANES, PADDED], tl.float32)
     for start in range(begin, stop, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        written = (key < end)[:, None] & real[None, :]
-        k_block = tl.load(k + tl.cast(start, tl.int64) * stride_kt + k_offsets, written, 0.0)  # [BLOCK_N, C]
-        v_block = tl.load(v + tl.cast(start, tl.int64) * stride_vt + v_offsets, written, 0.0)
-        scores = tl.dot(q, tl.trans(k_block), input_precision="ieee") * scale  # [LANES, BLOCK_N]
-        seen = (lo[:, None] <= key[None, :]) & (key[None, :] < hi[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        risen = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - risen[:, None])
-        fade = tl.exp2(peak - risen)
-        total = total * fade + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v_block.dtype), v_block, acc * fade[:, None], input_precision="ieee")
-        peak = risen
+        acc, peak, total = _add_keys(
+            start, q, acc, peak, total, k, v, k_offsets, v_offsets, stride_kt, stride_vt, lo, hi, end, scale, real,
+            BLOCK_N,
+        )  # fmt: skip
 
     pair = query * heads + head
     if JOIN:

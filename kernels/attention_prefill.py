@@ -31,20 +31,21 @@ FAR = tl.constexpr(2**31 - 1)
 
 
 class Blocks(NamedTuple):
-    """How the work is cut: queries and keys of a block, warps of a program, blocks of keys under way."""
+    """How the work is cut: queries and keys of a block, warps of a program, blocks of keys under way, registers."""
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread may have; by themselves the compilers take what one program can get
 
 
 # By bytes of an element and channels. From 2-byte elements tensor cores make products of 64 rows for each 4 warps;
 # float32 is computed without them, to be exact, and its blocks are as small as its operands are large.
 BLOCKS = {
-    (2, 64): Blocks(128, 64, 8, 3),
+    (2, 64): Blocks(128, 64, 8, 3, 128),  # two programs at once
     (2, 128): Blocks(128, 64, 8, 3),
-    (2, 256): Blocks(64, 64, 8, 2),
+    (2, 256): Blocks(64, 32, 8, 3),
     (4, 64): Blocks(32, 32, 4, 2),
     (4, 128): Blocks(32, 16, 8, 2),
     (4, 256): Blocks(32, 32, 8, 2),
@@ -267,7 +268,7 @@ def attention_prefill(
         q, k, v, out, lo, hi, lo if prefix is None else prefix, offsets, slots, origins,
         *strides, heads // k.shape[1], channels**-0.5 * LOG2_E,
         UNIT=unit, C=channels, PADDED=padded, PREFIX=prefix is not None, BLOCK_M=cut.m, BLOCK_N=cut.n,
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from problems import (
     scattered,
 )
 
-from minivlm.kernels.attention_decode import BLOCKS, attention_decode, plain_attention_decode, splits_for
+from minivlm.kernels.attention_decode import BLOCKS, JOINED, attention_decode, plain_attention_decode, splits_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (16, 64, 72, 80, 96, 104, 112, 128, 256)
@@ -42,6 +42,12 @@ def test_splits(splits, dtype, device):
     """Rows of very different lengths share the number of splits; where there are more than blocks, some are empty."""
     rows = [causal(1, start) for start in (0, 300, 64)]
     run(arguments_of(rows, 2, 1, 64, splits), device, dtype)
+
+
+def test_more_splits_than_are_joined_at_once(device):
+    """None of them empty; of 16 heads some have their peak in the last ones."""
+    splits, block = JOINED + 5, BLOCKS[4, 128].n
+    run(arguments_of([causal(1, splits * block - 1)], 16, 1, 128, splits, spread=2.0), device, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,10 +108,11 @@ def test_any_strides(device):
     run(moved, device, torch.float32)
 
 
-def test_nan_reaches_the_result(device):
-    """In one split of three, and of that query only."""
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_nan_reaches_the_result(where, device):
+    """Of one key in one split of three, to the row that sees it, and to no other."""
     q, k, v, *others = arguments_of([causal(1, 200), causal(1, 200)], 2, 1, 64, 3)(device, torch.float16)
-    v[others[2][0], 0, 150] = torch.nan
+    {"k": k, "v": v}[where][others[2][0], 0, 150, 3 if where == "k" else slice(None)] = torch.nan
     found = attention_decode(q, k, v, *others)
     assert found[0].isnan().all() and found[1].isfinite().all()
 

@@ -56,3 +56,11 @@ def test_attention_copies_while_it_computes_and_uses_tensor_cores(compiled, capa
                 assert {"wgmma.mma_async", "mma.sync"} & set(kernel["instructions"]), kernel
                 hopper = capability == 90 and kernel["kernel"] == "_attention_prefill"
                 assert not hopper or "wgmma.mma_async" in kernel["instructions"], kernel
+
+
+def test_heads_of_64_channels_leave_room_for_a_second_program(compiled):
+    """On Hopper one program's exponentials can then run beside the other's products."""
+    calls = [kernel for kernel in compiled[90] if kernel["call"].startswith("prefill bfloat16 64")]
+    assert calls
+    for kernel in calls:
+        assert 2 * kernel["registers"] * kernel["threads"] <= REGISTERS and 2 * kernel["shared"] <= SHARED[90]
