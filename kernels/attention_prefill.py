@@ -108,6 +108,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 @triton.jit
+def _row_of(X, slot, kv_head, origin, stride_b, stride_h, stride_t, stride_c, channel, BLOCK_N: tl.constexpr):
+    """Where a row's key 0 of one kv head is, and the offsets from there of a block of keys, [BLOCK_N, C]."""
+    at = X + slot.to(tl.int64) * stride_b + kv_head.to(tl.int64) * stride_h + origin.to(tl.int64) * stride_t
+    return at, tl.arange(0, BLOCK_N)[:, None] * stride_t + channel[None, :] * stride_c
+
+
+@triton.jit
+def _sights(LO, HI, PREFIXES, query, inside, PREFIX: tl.constexpr):
+    """lo, hi and prefix of these queries; without a prefix lo stands in for it."""
+    lo = tl.load(LO + query, inside, 0)
+    hi = tl.load(HI + query, inside, 0)
+    prefix = lo
+    if PREFIX:
+        prefix = tl.load(PREFIXES + query, inside, 0)
+    return lo, hi, prefix
+
+
+@triton.jit
 def _plan(lo, hi, prefix, inside, BLOCK_N: tl.constexpr, PREFIX: tl.constexpr):
     """Which blocks of keys a block of queries visits; `open` ones need no mask, every query sees all their keys.
 
@@ -194,19 +212,12 @@ def _attention_prefill(
     there = inside[:, None] & (channel < C)[None, :]
     query_at = query.to(tl.int64)[:, None]  # offsets into a large tensor pass 2^31
     q = tl.load(Q + head * stride_qh + query_at * stride_qs + channel[None, :] * stride_qc, there, 0.0)  # [BLOCK_M, C]
-    slot = tl.load(SLOTS + row).to(tl.int64)
-    origin = tl.load(ORIGINS + row).to(tl.int64)
-    kv_head = (head // groups).to(tl.int64)
-    k = K + slot * stride_kb + kv_head * stride_kh + origin * stride_kt  # of the row's key 0
-    v = V + slot * stride_vb + kv_head * stride_vh + origin * stride_vt
-    k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_kt + channel[None, :] * stride_kc
-    v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_vt + channel[None, :] * stride_vc
-
-    lo = tl.load(LO + query, inside, 0)
-    hi = tl.load(HI + query, inside, 0)
-    prefix = lo
-    if PREFIX:
-        prefix = tl.load(PREFIXES + query, inside, 0)
+    slot = tl.load(SLOTS + row)
+    origin = tl.load(ORIGINS + row)
+    kv_head = head // groups
+    k, k_offsets = _row_of(K, slot, kv_head, origin, stride_kb, stride_kh, stride_kt, stride_kc, channel, BLOCK_N)
+    v, v_offsets = _row_of(V, slot, kv_head, origin, stride_vb, stride_vh, stride_vt, stride_vc, channel, BLOCK_N)
+    lo, hi, prefix = _sights(LO, HI, PREFIXES, query, inside, PREFIX)
     first, end, blocks, opens, closes, prefix_blocks, prefix_open = _plan(lo, hi, prefix, inside, BLOCK_N, PREFIX)
 
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)

@@ -14,11 +14,15 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels: TRITON_INTERPRET=1 was set before Python started."""
+    return triton.knobs.runtime.interpret
+
+
 def require_device(tensor: Tensor) -> None:
     """Kernels run on a GPU, or under Triton's interpreter, which reads the memory of a CPU."""
-    interpreted = triton.knobs.runtime.interpret
     require(
-        tensor.is_cuda or interpreted,
+        tensor.is_cuda or interpreted(),
         f"Triton kernels: tensors are on {tensor.device}, expected cuda (or TRITON_INTERPRET=1 before Python starts)",
     )
 

@@ -18,7 +18,7 @@ from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.processor import Inputs
 from minivlm.processor.tokens import Tokenizer
-from minivlm.sampler import Choice, sample
+from minivlm.sampler import Choice
 from minivlm.vlm import VLM
 
 HEADROOM = 256  # positions that a cache first has for an answer without a limit; it grows when they are used
@@ -160,13 +160,13 @@ def generate(
     """
     if not rows:
         return
-    allowed = rows[0].vocabulary.allowed.to(cache.keys.device)
+    choose = model.language_model.backend.sampler(rows[0].vocabulary.allowed.to(cache.keys.device))
     logits = _prefill(model, rows, cache, chunk)  # [B, V]
     running = list(range(len(rows)))
     while True:
         states = [rows[i] for i in running]
         samplings, ids = [row.sampling for row in states], [row.ids for row in states]
-        choices = sample(logits, samplings, [len(row) for row in ids], ids, allowed)
+        choices = choose(logits, samplings, [len(row) for row in ids], ids)
         tokens = [row.accept(choice) for row, choice in zip(states, choices, strict=True)]
         yield from zip(running, tokens, strict=True)
         running = [i for i in running if rows[i].finish_reason is None]

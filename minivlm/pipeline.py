@@ -157,7 +157,8 @@ def load(
     None takes that of the published model of this structure. Raises InputError, one line, for whatever is
     missing, damaged or not supported.
     """
-    chosen, place = backends.choose(backend), choose_device(device)
+    place = choose_device(device)
+    chosen = backends.choose(backend, place)
     folder = hub.resolve(model)
     config = checkpoint.read_config(folder)
     recipe = recipe_for(config)

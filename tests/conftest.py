@@ -20,6 +20,7 @@ import transformers
 import minivlm
 
 torch.set_num_threads(1)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,16 @@ def tiny_of(tmp_path_factory):
         return Tiny(folder, vlm, oracle, transformers.AutoProcessor.from_pretrained(folder))
 
     return make
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="on a GPU nothing is interpreted")),
+        pytest.param(
+            "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+        ),
+    ]
+)
+def device(request) -> torch.device:
+    """Each test that runs a kernel runs it on each of these: in Triton's interpreter, and with `-m cuda` on a GPU."""
+    return torch.device(request.param)

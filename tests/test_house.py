@@ -23,9 +23,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 LEVELS = (
     "kernels",
     "errors",
-    "fields",
+    "fields sampler",
     "ops",
-    "processor sampler merge connector decoder vision",
+    "processor merge connector decoder vision",
     "answer shards stages vlm",
     "checkpoint generate models",
     "chat hub",

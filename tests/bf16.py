@@ -5,6 +5,8 @@ bits for integers. Here conversions round to the nearest even, as torch's do, `t
 other arithmetic is refused: a kernel converts to float32 when it has loaded and back when it stores.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -33,8 +35,9 @@ def refuse(handles) -> None:
         raise TypeError("bfloat16 arithmetic in a kernel: convert to float32 after loading")
 
 
+@cache
 def install() -> None:
-    """Replace the interpreter's operations by these."""
+    """Replace the interpreter's operations by these, once."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     convert = InterpreterBuilder.create_fp_to_fp
 
