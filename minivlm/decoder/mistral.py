@@ -175,10 +175,12 @@ class MistralDecoder(nn.Module):
 
     def forward(self, embeddings: Tensor, rows: Rows, cache: KVCache | None) -> Tensor:
         """embeddings [S, D] of B packed rows -> hidden states [S, D] after the final norm."""
-        config, device = self.config, embeddings.device
-        rope = rope_table(rows.positions(device), config.head_dim, config.rope_theta, embeddings.dtype)
-        seen = self.backend.sight(rows, config.sliding_window, device)
-        x = embeddings
+        seen = self.backend.sight(rows, self.config.sliding_window, embeddings.device)
+        return self.run(embeddings, rows.positions(embeddings.device), rows, seen, cache)
+
+    def run(self, x: Tensor, positions: Tensor, rows: Rows, seen, cache: KVCache | None) -> Tensor:
+        """The same from each token's rotary position [S], and what the backend's `sight` says that it sees."""
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, rope, rows, seen, cache)
         return self.norm(x)

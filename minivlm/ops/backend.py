@@ -32,6 +32,7 @@ class Backend:
     attention: Callable
     vision_attention: Callable
     encoder_end: Callable
+    decoding: Callable
     sampler: Callable
     pack: Callable
 
@@ -104,6 +105,15 @@ def vision_attention_by(attend: Callable) -> Callable:
     return vision_attention
 
 
+def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
+    """A function (ids of B rows, rows) -> hidden states [B, D]: the next token of every row through the decoder."""
+
+    def step(ids: Sequence[int], rows: Rows) -> Tensor:
+        return decoder(decoder.embed_tokens(torch.tensor(ids, device=cache.keys.device)), rows, cache)
+
+    return step
+
+
 def sampler(allowed: Tensor) -> Callable:
     """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices."""
     return partial(sample, allowed=allowed)
@@ -121,6 +131,7 @@ REFERENCE = Backend(
     attention=attention_by(eager),
     vision_attention=vision_attention_by(eager),
     encoder_end=encoder_end,
+    decoding=decoding,
     sampler=sampler,
     pack=as_loaded,
 )
@@ -138,24 +149,32 @@ def choose(name: str, device: torch.device) -> Backend:
     if name not in ("auto", *NAMES):
         raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(NAMES)}")
     if name == "auto":
-        modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST
-        name = "triton" if modern and find_spec("triton") is not None else "sdpa"
-    return _triton(device) if name == "triton" else BACKENDS[name]
+        name = "triton" if device.type == "cuda" and _obstacle(device) is None else "sdpa"
+    if name != "triton":
+        return BACKENDS[name]
+    if obstacle := _obstacle(device):
+        raise InputError(f"backend triton: {obstacle}")
+    from minivlm.ops.triton import TRITON  # here, since Triton is not everywhere, and takes a second to import
 
-
-def _triton(device: torch.device) -> Backend:
-    """Our kernels; imported here, since Triton exists only on Linux and takes a second to import."""
-    if find_spec("triton") is None:
-        raise InputError("backend triton: Triton is not installed, expected `pip install triton`, on Linux")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise InputError(f"backend triton: {device} has compute capability {found}, expected 8.0 or more")
-    from minivlm.kernels.checks import interpreted
-    from minivlm.ops.triton import TRITON
-
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        raise InputError(
-            f"backend triton: found device {device}, expected cuda (on a CPU its kernels run only in Triton's "
-            "interpreter, for tests: TRITON_INTERPRET=1 set before Python starts)"
-        )
     return TRITON
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device; None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed, expected `pip install triton`, on Linux"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"{device} has compute capability {'.'.join(map(str, capability))}, expected 8.0 or more"
+        if device.index is not None and device.index != torch.cuda.current_device():
+            return f"found {device}, expected CUDA's current device, cuda:{torch.cuda.current_device()}"
+        return None
+    from minivlm.kernels.checks import interpreted
+
+    if device.type == "cpu" and interpreted():
+        return None
+    return (
+        f"found device {device}, expected cuda (on a CPU its kernels run only in Triton's interpreter, for tests: "
+        "TRITON_INTERPRET=1 set before Python starts)"
+    )

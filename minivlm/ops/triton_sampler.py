@@ -29,7 +29,7 @@ def sampler(allowed: Tensor) -> Callable:
             raise InputError(f"samplings, positions, seen: found {lengths} rows, expected {rows} of each")
         count = max((s.top_logprobs for s in samplings), default=0)
         arguments = (*settings(samplings, positions, logits.device), penalised(samplings, seen, logits))
-        found = sample(logits.contiguous(), *arguments, words.expand(rows, -1).contiguous(), count)
+        found = sample(logits, *arguments, words.expand(rows, -1), count)
         ids, logprobs, sampled, top_ids, top_logprobs, errors = (result.tolist() for result in found)
         for row, error in enumerate(errors):
             if error:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 
 import minivlm
@@ -31,7 +32,7 @@ if checks.interpreted():
 
     bf16.install()
 
-from minivlm.ops import triton, triton_sampler  # noqa: E402
+from minivlm.ops import triton, triton_attention, triton_sampler  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, interpreting: exp(100) is inf
 LOW = (torch.bfloat16, torch.float16)
@@ -74,7 +75,7 @@ def check(found: Tensor, plain: Tensor, exact: Tensor | None = None) -> None:
     ],
 )
 def test_intervals_are_what_rows_say(rows, window):
-    seen = triton.sight(rows, window, "cpu")
+    seen = triton_attention.sight(rows, window, "cpu")
     prefix = torch.zeros_like(seen.lo) if seen.prefix is None else seen.prefix
     assert (seen.prefix is None) == all(len(segments) == 1 for segments in rows.segments)
     parts = (x.split(rows.lengths) for x in (seen.lo, seen.hi, prefix, seen.positions, seen.slots))
@@ -172,13 +173,11 @@ def test_generation_in_16_bits(dtype, tiny_of, device):
     """Rows longer than a block of keys, so that the cache is read in several runs."""
     ours, plain = pair_of(tiny_of("next-mistral").folder, device, dtype)
     rows = [inputs_of(plain, [(24, 24), (24, 24), (24, 24)], "the cat " * 20), inputs_of(plain, [(7, 7)])]
-    found, rounded = (steps(vlm, rows, 1000, 1)[1] for vlm in (ours, plain))
-    check(found, rounded, steps(_float(plain), rows, 1000, 1)[1])
-
-
-def _float(vlm: minivlm.Pipeline) -> minivlm.Pipeline:
-    vlm.model.float()
-    return vlm
+    (ids, found), (same, rounded) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
+    plain.model.float()
+    truly, exact = steps(plain, rows, 1000, 3)
+    assert ids == same == truly
+    check(found, rounded, exact)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (8, 8), (6, 3)])
@@ -200,6 +199,30 @@ def test_more_rows_than_a_skinny_product_takes(tiny_of, device):
     check(logits, truth)
 
 
+def test_steps_follow_a_cache_that_grows(tiny_of, device):
+    """Three rows, which a step for four pads; their slots in disorder, one of the cache's slots nobody's."""
+    ours, plain = (vlm.model.language_model for vlm in pair_of(tiny_of("next-mistral").folder, device))
+    lengths, slots = [3, 1, 2], [2, 0, 3]
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    with torch.inference_mode():
+        for decoder in (ours, plain):
+            cache = decoder.new_cache(4, 4)
+            cache.keys.fill_(torch.nan)
+            cache.values.fill_(torch.nan)
+            step = decoder.backend.decoding(decoder, cache)
+            decoder(x, Rows.causal(lengths, slots=slots), cache)
+            outputs = []
+            for t in range(4):
+                starts = [n + t for n in lengths]
+                cache.grow(max(starts) + 1)
+                outputs.append(step([t, 5, 9], Rows.causal([1] * 3, starts, slots)).clone())
+            outputs.append(step([7], Rows.causal([1], [6], [3])).clone())
+            assert cache.keys[:, 1].isnan().all() and cache.keys.shape[3] == 8
+            found.append(torch.cat(outputs))
+    check(*found)
+
+
 def test_a_drawn_answer_is_the_plain_samplers(tiny_of, device):
     ours, plain = pair_of(tiny_of("next-mistral").folder, device)
     picture = tiny.picture(20, 20)
@@ -216,6 +239,19 @@ def test_a_position_beyond_the_cache_is_an_error(tiny_of, device):
     model = minivlm.load(tiny_of("llava").folder, device=device, dtype="float32", backend="triton").model.language_model
     with torch.inference_mode(), pytest.raises(ValueError, match="position 9 does not fit in a cache of 9 positions"):
         model(torch.zeros(2, 32, device=device), Rows.causal([2], [8]), model.new_cache(1, 9))
+
+
+@pytest.mark.parametrize("pictures", (0, 1))
+def test_the_shipped_checkpoints_answer(pictures, device):
+    """At its own sizes: attention over several blocks of keys, products whose inner dimension is cut."""
+    picture = Image.new("RGB", (96, 96), (20, 60, 200))
+    answers = []
+    for name in ("triton", "reference"):
+        vlm = minivlm.load(device=device, dtype="float32", backend=name)
+        answers.append(vlm.generate("How many shapes are there?", [picture] * pictures, max_new_tokens=3).tokens)
+    found, expected = answers
+    assert [token.id for token in found] == [token.id for token in expected]
+    assert [token.logprob for token in found] == pytest.approx([token.logprob for token in expected], abs=1e-4)
 
 
 # ---- the sampler
