@@ -19,9 +19,10 @@ from torch import Tensor
 
 import minivlm
 from minivlm.answer import Options
+from minivlm.decoder.mistral import MistralAttention, MistralConfig, MistralDecoder, MistralDecoderLayer
 from minivlm.errors import InputError, NumericError
 from minivlm.generate import Row, generate, new_cache
-from minivlm.ops.backend import REFERENCE, choose
+from minivlm.ops.backend import REFERENCE, Backend, choose
 from minivlm.ops.rows import Rows
 from minivlm.processor import Inputs
 from minivlm.sampler import Sampling, sample
@@ -252,6 +253,51 @@ def test_the_shipped_checkpoints_answer(pictures, device):
     found, expected = answers
     assert [token.id for token in found] == [token.id for token in expected]
     assert [token.logprob for token in found] == pytest.approx([token.logprob for token in expected], abs=1e-4)
+
+
+def forced(decoder: MistralDecoder, backend: Backend, ids: Tensor, prompt: int) -> Tensor:
+    """The logits [n, V] of n given ids: of the first `prompt` at once, of each other by a step."""
+    for module in decoder.modules():
+        if isinstance(module, MistralDecoder | MistralDecoderLayer | MistralAttention):
+            module.backend = backend
+    cache = decoder.new_cache(1, len(ids))
+    step = backend.decoding(decoder, cache)
+    hidden = [decoder(decoder.embed_tokens(ids[:prompt]), Rows.causal([prompt]), cache)]
+    for position in range(prompt, len(ids)):
+        hidden.append(step([int(ids[position])], Rows.causal([1], [position])).clone())
+    return decoder.logits(torch.cat(hidden)).float()
+
+
+def test_random_weights_agree_on_the_best_id(device):
+    """Wherever the two best logits differ by more than twice the error of plain PyTorch: on a GPU at the widths of
+    Mistral 7B, on a CPU at small ones. Each id is given, so no difference is carried on."""
+    large = device.type == "cuda"
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": None}
+    if large:
+        sizes |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32064}
+        sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        decoder = MistralDecoder(MistralConfig.from_hf({"model_type": "mistral", **sizes}, "test"), REFERENCE)
+    decoder = decoder.bfloat16().to_empty(device=device)
+    ids = torch.randint(sizes["vocab_size"], (600 if large else 24,), device=device)
+    with torch.inference_mode():
+        for name, parameter in decoder.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1, 0.2)
+            else:
+                parameter.normal_(0, 1 if "embed" in name else parameter.shape[-1] ** -0.5)
+        triton.pack(decoder)
+        prompt = len(ids) - 3
+        found = forced(decoder, triton.TRITON, ids, prompt)
+        plain = forced(decoder, REFERENCE, ids, prompt)
+        exact = forced(decoder.float(), REFERENCE, ids, prompt)
+    check(found, plain, exact)
+    best = exact.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * (plain - exact).abs().max()
+    assert clear.sum() > len(ids) // 4
+    assert torch.equal(found.argmax(-1)[clear], exact.argmax(-1)[clear])
 
 
 # ---- the sampler
