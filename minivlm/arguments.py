@@ -11,7 +11,7 @@ from typing import NoReturn
 from minivlm import __version__, parity
 from minivlm.evaluate import heldout
 from minivlm.models import SHIPPED
-from minivlm.ops.backend import BACKENDS
+from minivlm.ops.backend import NAMES
 from minivlm.processor.prompts import TEMPLATES
 from minivlm.train.questions import KINDS
 
@@ -135,7 +135,7 @@ def _model_options(parser: _Parser, device: str = "auto", backend: str = "auto")
     group.add_argument("--model", metavar="MODEL", help=f"a folder or a hub id (default: {SHIPPED}, which is shipped)")
     group.add_argument("--device", default=device, help=f"auto, cpu, cuda, cuda:N or mps (default {device})")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
-    group.add_argument("--backend", default=backend, help=f"auto, {' or '.join(BACKENDS)} (default {backend})")
+    group.add_argument("--backend", default=backend, help=f"auto, {' or '.join(NAMES)} (default {backend})")
     return group
 
 

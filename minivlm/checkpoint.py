@@ -131,6 +131,7 @@ def load(
     stored_dtype = _most_bytes(sources)
     dtype = _choose_dtype(dtype, values, stored_dtype, device, folder)
     _fill(model, _converted(sources, device, dtype, f"loading {folder.name}" if progress else None), sources)
+    backend.pack(model)
     not_run = _not_run(model)
     return model, CheckpointInfo(folder, values, generation_values, generation, stored_dtype, ignored, not_run)
 

@@ -4,7 +4,7 @@ It knows nothing of files, pixels or chat templates; text is only what ids decod
 here, and nowhere in the model. Rows that end leave the packed batch at once: no step computes anything for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -18,7 +18,7 @@ from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.processor import Inputs
 from minivlm.processor.tokens import Tokenizer
-from minivlm.sampler import Choice, sample
+from minivlm.sampler import Choice
 from minivlm.vlm import VLM
 
 HEADROOM = 256  # positions that a cache first has for an answer without a limit; it grows when they are used
@@ -160,19 +160,21 @@ def generate(
     """
     if not rows:
         return
-    allowed = rows[0].vocabulary.allowed.to(cache.keys.device)
+    backend = model.language_model.backend
+    step = backend.decoding(model.language_model, cache)
+    choose = backend.sampler(rows[0].vocabulary.allowed.to(cache.keys.device))
     logits = _prefill(model, rows, cache, chunk)  # [B, V]
     running = list(range(len(rows)))
     while True:
         states = [rows[i] for i in running]
         samplings, ids = [row.sampling for row in states], [row.ids for row in states]
-        choices = sample(logits, samplings, [len(row) for row in ids], ids, allowed)
+        choices = choose(logits, samplings, [len(row) for row in ids], ids)
         tokens = [row.accept(choice) for row, choice in zip(states, choices, strict=True)]
         yield from zip(running, tokens, strict=True)
         running = [i for i in running if rows[i].finish_reason is None]
         if not running:
             return
-        logits = _decode(model, rows, running, cache)
+        logits = _decode(model, rows, running, cache, step)
 
 
 @torch.inference_mode()
@@ -196,17 +198,14 @@ def _prefill(model: VLM, rows: Sequence[Row], cache: KVCache, chunk: int) -> Ten
 
 
 @torch.inference_mode()
-def _decode(model: VLM, rows: Sequence[Row], running: Sequence[int], cache: KVCache) -> Tensor:
+def _decode(model: VLM, rows: Sequence[Row], running: Sequence[int], cache: KVCache, step: Callable) -> Tensor:
     """The running rows' last ids through the decoder in one packed step; logits [B, V]."""
-    decoder = model.language_model
     starts = [rows[i].cached for i in running]
     cache.grow(max(starts) + 1)
-    ids = torch.tensor([rows[i].ids[-1] for i in running], device=cache.keys.device)
-    embeddings = decoder.embed_tokens(ids)  # [B, D]
-    hidden = decoder(embeddings, Rows.causal([1] * len(running), starts, running), cache)
+    hidden = step([rows[i].ids[-1] for i in running], Rows.causal([1] * len(running), starts, running))  # [B, D]
     for i in running:
         rows[i].cached += 1
-    return decoder.logits(hidden)
+    return model.language_model.logits(hidden)
 
 
 def parts(lengths: Sequence[int], starts: Sequence[int], size: int) -> Iterator[Rows]:

@@ -1,18 +1,26 @@
 """Shared by all tests; its being here also puts tests/ on the import path, for `tiny`."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+
+# Triton makes its functions for a GPU or for its interpreter when it is imported, and torch's compiler, which
+# transformers loads, imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import tiny
 import transformers
 
 import minivlm
 
 torch.set_num_threads(1)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -37,3 +45,16 @@ def tiny_of(tmp_path_factory):
         return Tiny(folder, vlm, oracle, transformers.AutoProcessor.from_pretrained(folder))
 
     return make
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="on a GPU nothing is interpreted")),
+        pytest.param(
+            "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+        ),
+    ]
+)
+def device(request) -> torch.device:
+    """Each test that runs a kernel runs it on each of these: in Triton's interpreter, and with `-m cuda` on a GPU."""
+    return torch.device(request.param)

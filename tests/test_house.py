@@ -16,14 +16,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minivlm"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = ROOT / "kernels"  # installed and imported as minivlm.kernels
+SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 # From the bottom to the top. A file or folder imports what is on lower lines, and of its own line only itself: so
 # no encoder knows a decoder, and nothing that people do with the model is known to the model.
 LEVELS = (
+    "kernels",
     "errors",
-    "fields",
+    "fields sampler",
     "ops",
-    "processor sampler merge connector decoder vision",
+    "processor merge connector decoder vision",
     "answer shards stages vlm",
     "checkpoint generate models",
     "chat hub",
@@ -44,7 +46,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+    return path.relative_to(ROOT if path.is_relative_to(KERNELS) else PACKAGE).as_posix()
 
 
 def nodes(kind: type | tuple[type, ...]) -> Iterator[tuple[str, ast.AST]]:
@@ -170,6 +172,8 @@ def test_every_file_and_public_name_says_what_it_is():
 def unit(module: str) -> str:
     """The file or folder of the package that a module name means; a public name of minivlm means its __init__."""
     parts = module.split(".")
+    if parts[1:2] == ["kernels"]:
+        return "kernels"
     if len(parts) == 1 or not ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file()):
         return "__init__"
     return parts[1]
@@ -178,7 +182,7 @@ def unit(module: str) -> str:
 def test_a_file_imports_only_what_is_below_it():
     level = {name: number for number, names in enumerate(LEVELS) for name in names.split()}
     for path in SOURCES:
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        own = name_of(path).split("/")[0].removesuffix(".py")
         assert own in level, f"{own} has no place in LEVELS"
         for module in imports(path):
             if module.split(".")[0] == "minivlm" and unit(module) != own:
@@ -190,6 +194,13 @@ def test_the_processor_needs_no_model_code():
     for path in (PACKAGE / "processor").glob("*.py"):
         units = {unit(module) for module in imports(path) if module.split(".")[0] == "minivlm"}
         assert units <= {"errors", "fields", "processor"}, name_of(path)
+
+
+def test_triton_is_imported_by_kernels_only():
+    """It is installed on Linux alone; elsewhere everything but the kernels works."""
+    for path in SOURCES:
+        foreign = {module.split(".")[0] for module in imports(path)} & {"triton"}
+        assert not foreign or path.is_relative_to(KERNELS), name_of(path)
 
 
 def test_transformers_is_imported_only_for_comparison():
@@ -269,6 +280,7 @@ def test_every_bug_of_the_checklist_is_guarded():
 def test_every_folder_of_the_package_is_installed():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+    folders = {f"minivlm.{name}" if name.startswith("kernels") else name for name in folders}
     assert {name for name in packages if not name.startswith("minivlm.weights")} == folders
 
 

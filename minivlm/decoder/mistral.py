@@ -114,7 +114,7 @@ def _sliding_window(f: Fields, default: int) -> int | None:
 
 
 class MistralAttention(nn.Module):
-    """Grouped-query attention with rotary positions; H query heads share K key heads."""
+    """Grouped-query attention with rotary positions; H query heads share K key heads. The layer applies `o_proj`."""
 
     def __init__(self, config: MistralConfig, backend: Backend, layer: int):
         super().__init__()
@@ -128,7 +128,7 @@ class MistralAttention(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module, rope, rows: Rows, seen, cache: KVCache | None) -> Tensor:
         q, k, v = self.backend.norm_linear(x, norm, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(part, "s (h c) -> s h c", c=self.head_dim) for part in (q, k, v))  # [S, H or K, C]
-        return self.o_proj(self.backend.attention(q, k, v, rope, rows, seen, cache, self.layer))  # [S, D]
+        return self.backend.attention(q, k, v, rope, rows, seen, cache, self.layer)  # [S, H * C]
 
 
 class MistralMLP(nn.Module):
@@ -153,9 +153,11 @@ class MistralDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope, rows: Rows, seen, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, rope, rows, seen, cache)
-        mlp = self.mlp
-        return x + self.backend.gated_mlp(x, self.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        heads = self.self_attn(x, self.input_layernorm, rope, rows, seen, cache)  # [S, H * C]
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        return self.backend.decoder_end(
+            x, heads, self.self_attn.o_proj, norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        )
 
 
 class MistralDecoder(nn.Module):
@@ -173,10 +175,12 @@ class MistralDecoder(nn.Module):
 
     def forward(self, embeddings: Tensor, rows: Rows, cache: KVCache | None) -> Tensor:
         """embeddings [S, D] of B packed rows -> hidden states [S, D] after the final norm."""
-        config, device = self.config, embeddings.device
-        rope = rope_table(rows.positions(device), config.head_dim, config.rope_theta, embeddings.dtype)
-        seen = self.backend.sight(rows, config.sliding_window, device)
-        x = embeddings
+        seen = self.backend.sight(rows, self.config.sliding_window, embeddings.device)
+        return self.run(embeddings, rows.positions(embeddings.device), rows, seen, cache)
+
+    def run(self, x: Tensor, positions: Tensor, rows: Rows, seen, cache: KVCache | None) -> Tensor:
+        """The same from each token's rotary position [S], and what the backend's `sight` says that it sees."""
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             x = layer(x, rope, rows, seen, cache)
         return self.norm(x)

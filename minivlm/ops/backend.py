@@ -2,12 +2,15 @@
 
 A backend is handed to the blocks at construction; they call nothing finer, so there is one decoder and one encoder
 whatever computes them. `reference` is plain PyTorch, the text to read and the oracle of the others; `sdpa` uses
-PyTorch's fused attention and runs on any device.
+PyTorch's fused attention and runs on any device; `triton` (triton.py) is this project's own kernels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
@@ -15,6 +18,7 @@ from minivlm.ops.attention import attend_rows, eager, fused, sight
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rope import rotate
 from minivlm.ops.rows import Rows
+from minivlm.sampler import sample
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,14 @@ class Backend:
 
     name: str
     norm_linear: Callable
-    gated_mlp: Callable
+    decoder_end: Callable
     sight: Callable
     attention: Callable
     vision_attention: Callable
+    encoder_end: Callable
+    decoding: Callable
+    sampler: Callable
+    pack: Callable
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -39,6 +47,33 @@ def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: 
     """down(silu(gate(norm(x))) * up(norm(x))): SwiGLU (Shazeer 2020, eq. 6). x [S, D] -> [S, D]."""
     x = norm(x)
     return down(nn.functional.silu(gate(x)) * up(x))
+
+
+def decoder_end_by(gated_mlp: Callable) -> Callable:
+    """What follows attention in a decoder layer, around a gated MLP of the form above."""
+
+    def decoder_end(
+        x: Tensor, heads: Tensor, output: nn.Module, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module
+    ) -> Tensor:
+        """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
+        x = x + output(heads)
+        return x + gated_mlp(x, norm, gate, up, down)
+
+    return decoder_end
+
+
+def encoder_end(
+    x: Tensor,
+    heads: Tensor,
+    output: nn.Module,
+    norm: nn.Module,
+    fc1: nn.Module,
+    activation: Callable[[Tensor], Tensor],
+    fc2: nn.Module,
+) -> Tensor:
+    """What follows attention in an encoder layer: the same with a plain MLP. x and heads [N, P, D] -> [N, P, D]."""
+    x = x + output(heads)
+    return x + fc2(activation(fc1(norm(x))))
 
 
 def attention_by(attend: Callable) -> Callable:
@@ -70,13 +105,76 @@ def vision_attention_by(attend: Callable) -> Callable:
     return vision_attention
 
 
-REFERENCE = Backend("reference", norm_linear, gated_mlp, sight, attention_by(eager), vision_attention_by(eager))
+def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
+    """A function (ids of B rows, rows) -> hidden states [B, D]: the next token of every row through the decoder."""
+
+    def step(ids: Sequence[int], rows: Rows) -> Tensor:
+        return decoder(decoder.embed_tokens(torch.tensor(ids, device=cache.keys.device)), rows, cache)
+
+    return step
+
+
+def sampler(allowed: Tensor) -> Callable:
+    """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices."""
+    return partial(sample, allowed=allowed)
+
+
+def as_loaded(model: nn.Module) -> None:
+    """What `pack` does to a loaded model's weights where they are used as they were stored: nothing."""
+
+
+REFERENCE = Backend(
+    name="reference",
+    norm_linear=norm_linear,
+    decoder_end=decoder_end_by(gated_mlp),
+    sight=sight,
+    attention=attention_by(eager),
+    vision_attention=vision_attention_by(eager),
+    encoder_end=encoder_end,
+    decoding=decoding,
+    sampler=sampler,
+    pack=as_loaded,
+)
 SDPA = replace(REFERENCE, name="sdpa", attention=attention_by(fused), vision_attention=vision_attention_by(fused))
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA)}
+NAMES = (*BACKENDS, "triton")
+OLDEST = (8, 0)  # the compute capability from which on the kernels were compiled: Ampere
 
 
-def choose(name: str) -> Backend:
-    """The backend of that name; `auto` is `sdpa` on every device."""
-    if name != "auto" and name not in BACKENDS:
-        raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(BACKENDS)}")
-    return SDPA if name == "auto" else BACKENDS[name]
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend of that name. `auto` is `triton` on the GPUs that it is made for, else `sdpa`.
+
+    Raises InputError for a backend that is not known, or that cannot run on this device.
+    """
+    if name not in ("auto", *NAMES):
+        raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(NAMES)}")
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and _obstacle(device) is None else "sdpa"
+    if name != "triton":
+        return BACKENDS[name]
+    if obstacle := _obstacle(device):
+        raise InputError(f"backend triton: {obstacle}")
+    from minivlm.ops.triton import TRITON  # here, since Triton is not everywhere, and takes a second to import
+
+    return TRITON
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device; None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed, expected `pip install triton`, on Linux"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            return f"{device} has compute capability {'.'.join(map(str, capability))}, expected 8.0 or more"
+        if device.index is not None and device.index != torch.cuda.current_device():
+            return f"found {device}, expected CUDA's current device, cuda:{torch.cuda.current_device()}"
+        return None
+    from minivlm.kernels.checks import interpreted
+
+    if device.type == "cpu" and interpreted():
+        return None
+    return (
+        f"found device {device}, expected cuda (on a CPU its kernels run only in Triton's interpreter, for tests: "
+        "TRITON_INTERPRET=1 set before Python starts)"
+    )

@@ -85,7 +85,7 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head attention among the patches of one tile."""
+    """Multi-head attention among the patches of one tile. The layer applies `out_proj`."""
 
     def __init__(self, config: CLIPVisionConfig, backend: Backend):
         super().__init__()
@@ -100,11 +100,11 @@ class CLIPAttention(nn.Module):
         q, k, v = self.backend.norm_linear(x, norm, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rearrange(part, "n p (h c) -> n h p c", h=self.heads) for part in (q, k, v))  # [N, H, 1 + P, C]
         out = self.backend.vision_attention(q, k, v)
-        return self.out_proj(rearrange(out, "n h p c -> n p (h c)"))  # [N, P, Dv]
+        return rearrange(out, "n h p c -> n p (h c)")  # [N, P, Dv]
 
 
 class CLIPMLP(nn.Module):
-    """Two linear layers around the configured activation (CLIP's is quick_gelu, not GELU)."""
+    """The weights around the configured activation (CLIP's is quick_gelu, not GELU); the layer hands them on."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -112,23 +112,22 @@ class CLIPMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
 
 class CLIPEncoderLayer(nn.Module):
     """A pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: CLIPVisionConfig, backend: Backend):
         super().__init__()
+        self.backend = backend
         self.self_attn = CLIPAttention(config, backend)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(x, self.layer_norm1)
-        return x + self.mlp(self.layer_norm2(x))
+        heads, mlp = self.self_attn(x, self.layer_norm1), self.mlp
+        output, norm = self.self_attn.out_proj, self.layer_norm2
+        return self.backend.encoder_end(x, heads, output, norm, mlp.fc1, mlp.activation, mlp.fc2)
 
 
 class CLIPEncoder(nn.Module):

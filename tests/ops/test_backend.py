@@ -10,21 +10,31 @@ from minivlm.ops.norms import RMSNorm
 
 
 def test_choice_is_by_name():
-    assert {name: choose(name).name for name in BACKENDS} == {name: name for name in BACKENDS}
-    assert choose("auto") is SDPA
-    with pytest.raises(InputError, match="backend 'fast' is not known, expected auto, reference or sdpa"):
-        choose("fast")
+    cpu = torch.device("cpu")
+    assert {name: choose(name, cpu).name for name in BACKENDS} == {name: name for name in BACKENDS}
+    assert choose("auto", cpu) is SDPA
+    with pytest.raises(InputError, match="backend 'fast' is not known, expected auto, reference or sdpa or triton"):
+        choose("fast", cpu)
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
 def test_blocks_equal_float64(backend):
-    """norm + projections, and the gated MLP: down(silu(gate x) * up x)."""
+    """norm + projections; then with attention's part added, y, the gated MLP: y + down(silu(gate y) * up y)."""
     torch.manual_seed(0)
-    norm, x = RMSNorm(16, 1e-5), torch.randn(5, 16)
+    norm, x, heads = RMSNorm(16, 1e-5), torch.randn(5, 16), torch.randn(5, 12)
     gate, up, down = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
-    unit = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    gated, lifted = (unit @ linear.weight.double().T for linear in (gate, up))
-    found = (*backend.norm_linear(x, norm, (gate, up)), backend.gated_mlp(x, norm, gate, up, down))
-    expected = (gated, lifted, (gated / (1 + (-gated).exp()) * lifted) @ down.weight.double().T)
+    output = nn.Linear(12, 16, bias=False)
+
+    def projected(x):
+        unit = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return [unit @ linear.weight.double().T for linear in (gate, up)]
+
+    y = x.double() + heads.double() @ output.weight.double().T
+    gated, lifted = projected(y)
+    expected = (*projected(x.double()), y + (gated / (1 + (-gated).exp()) * lifted) @ down.weight.double().T)
+    found = (
+        *backend.norm_linear(x, norm, (gate, up)),
+        backend.decoder_end(x, heads, output, norm, gate, up, down),
+    )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,1 @@
+"""Triton kernels, each below its plain PyTorch twin of the same signature. They import nothing of minivlm."""

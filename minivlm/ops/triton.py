@@ -1,0 +1,153 @@
+"""The backend `triton`: the block-level operations on this project's own kernels. Forward only: train with `sdpa`.
+
+It knows nothing of how a kernel works; each is in a file of kernels/ below its plain twin. Products of more than
+MOST_ROWS rows are cuBLAS's, which needs no help with them; what lies between the products is fused.
+
+Launches of a decoder layer:
+    up to 8 rows   [norm and q, k, v] [rotation, cache] [attention, in runs of keys] [join] [output, added]
+                   [norm, gate, up and SwiGLU] [down, added]
+    more rows      [norm] [q, k, v] [rotation, cache] [attention] [output] [add, norm] [gate, up] [SwiGLU] [down] [add]
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as product
+
+from minivlm.errors import InputError
+from minivlm.kernels.activations import gelu, quick_gelu, swiglu
+from minivlm.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from minivlm.kernels.skinny import MOST_ROWS, plain_skinny_linear, skinny_linear
+from minivlm.ops import activations
+from minivlm.ops.backend import Backend
+from minivlm.ops.norms import RMSNorm
+from minivlm.ops.triton_attention import attention, sight, vision_attention
+from minivlm.ops.triton_decoding import decoding
+from minivlm.ops.triton_sampler import sampler
+
+PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # that lie end to end, for one product
+# The kernel for an activation, with the bias of the product before it; any other is PyTorch's.
+BIASED = {activations.quick_gelu: quick_gelu, nn.functional.gelu: gelu}
+
+
+def pack(model: nn.Module) -> None:
+    """Move weights that are multiplied together into one tensor, layer by layer; the parameters stay, as views of it.
+
+    Raises InputError for a bfloat16 model on a CPU: Triton's interpreter keeps bfloat16 as integers.
+    """
+    weight = next(model.parameters())
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        raise InputError("backend triton: Triton's interpreter computes bfloat16 wrongly, expected dtype float32")
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in PACKED:
+            if all(name in children for name in names):
+                linears = [children[name] for name in names]
+                _lay_end_to_end([linear.weight for linear in linears])
+                if linears[0].bias is not None:
+                    _lay_end_to_end([linear.bias for linear in linears])
+
+
+def _lay_end_to_end(parameters: Sequence[nn.Parameter]) -> None:
+    sizes = [len(parameter) for parameter in parameters]
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split(sizes), strict=True):
+        parameter.data = part
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The one tensor [V_1 + V_2 + .., D] that these [V_i, D] are parts of, without a copy; None if `pack` was not here.
+
+    `model.to` also parts them, so it is seen from where they lie.
+    """
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        if tensor.untyped_storage().data_ptr() != storage or tensor.data_ptr() != end or not tensor.is_contiguous():
+            return None
+        end += tensor.nbytes
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether a product of bfloat16 numbers, each exact, is right."""
+    x, weight = torch.full((2, 64), -1.5).bfloat16(), torch.arange(16.0).repeat(64, 1).T.bfloat16()
+    arguments = (x, weight.contiguous(), None, None, 0.0, None, False)
+    return torch.equal(skinny_linear(*arguments), plain_skinny_linear(*arguments))
+
+
+def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """Normalise x [.., D] and project it by each of the linears, in one product where their weights are joined."""
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    biased = biases[0] is not None
+    weight = joined(weights)
+    bias = joined(biases) if biased and weight is not None else None
+    if weight is None or (biased and bias is None):
+        parts = [(w, b, len(w)) for w, b in zip(weights, biases, strict=True)]
+    else:
+        parts = [(weight, bias, [len(w) for w in weights])]
+    if _few(x) and isinstance(norm, RMSNorm) and not biased:
+        products = [skinny_linear(x, w, None, norm.weight, norm.eps, None, False) for w, _, _ in parts]
+    else:
+        x = _normalised(x, norm)
+        products = [product(x, w, b) for w, b, _ in parts]
+    return tuple(part for y, (_, _, sizes) in zip(products, parts, strict=True) for part in y.split(sizes, dim=-1))
+
+
+def decoder_end(
+    x: Tensor, heads: Tensor, output: nn.Linear, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear
+) -> Tensor:
+    """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
+    gate_up = joined([gate.weight, up.weight])
+    if _few(x):
+        x = skinny_linear(heads, output.weight, None, None, 0.0, x, False)
+        if gate_up is None:
+            halves = (skinny_linear(x, w, None, norm.weight, norm.eps, None, False) for w in (gate.weight, up.weight))
+            inner = swiglu(*halves)
+        else:
+            inner = skinny_linear(x, gate_up, None, norm.weight, norm.eps, None, True)  # [S, F]
+        return skinny_linear(inner, down.weight, None, None, 0.0, x, False)
+    x, unit = add_rms_norm(output(heads), x, norm.weight, norm.eps)
+    halves = (gate(unit), up(unit)) if gate_up is None else product(unit, gate_up).chunk(2, dim=-1)
+    return x + down(swiglu(*halves))
+
+
+def encoder_end(
+    x: Tensor,
+    heads: Tensor,
+    output: nn.Linear,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear,
+    activation: Callable[[Tensor], Tensor],
+    fc2: nn.Linear,
+) -> Tensor:
+    """What follows attention in an encoder layer: the same with a plain MLP. x and heads [N, P, D] -> [N, P, D]."""
+    x, unit = add_layer_norm(output(heads), x, norm.weight, norm.bias, norm.eps)
+    inner = BIASED[activation](product(unit, fc1.weight), fc1.bias) if activation in BIASED else activation(fc1(unit))
+    return x + fc2(inner)
+
+
+def _few(x: Tensor) -> bool:
+    """Whether reading the weights is all that takes time."""
+    return x.dim() == 2 and 0 < len(x) <= MOST_ROWS
+
+
+def _normalised(x: Tensor, norm: nn.Module) -> Tensor:
+    if isinstance(norm, RMSNorm):
+        return rms_norm(x, norm.weight, norm.eps)
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+TRITON = Backend(
+    name="triton",
+    norm_linear=norm_linear,
+    decoder_end=decoder_end,
+    sight=sight,
+    attention=attention,
+    vision_attention=vision_attention,
+    encoder_end=encoder_end,
+    decoding=decoding,
+    sampler=sampler,
+    pack=pack,
+)

@@ -1,0 +1,390 @@
+"""The backend `triton` against `reference`: what tokens see, and whole models on tiny checkpoints.
+
+On a CPU the kernels run in Triton's interpreter; `pytest -m cuda` runs the same tests on a GPU. Float32 must agree to
+1e-5 of the largest logit. In 16 bits both backends are compared with the same weights in float32, and the kernels may
+be at most half as far again from it as plain PyTorch is.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+
+import minivlm
+from minivlm.answer import Options
+from minivlm.decoder.mistral import MistralAttention, MistralConfig, MistralDecoder, MistralDecoderLayer
+from minivlm.errors import InputError, NumericError
+from minivlm.generate import Row, generate, new_cache
+from minivlm.ops.backend import REFERENCE, Backend, choose
+from minivlm.ops.rows import Rows
+from minivlm.processor import Inputs
+from minivlm.sampler import Sampling, sample
+
+checks = pytest.importorskip("minivlm.kernels.checks", reason="Triton is installed on Linux only")
+if checks.interpreted():
+    import bf16
+
+    bf16.install()
+
+from minivlm.ops import triton, triton_attention, triton_sampler  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, interpreting: exp(100) is inf
+LOW = (torch.bfloat16, torch.float16)
+
+
+def pair_of(folder, device, dtype="float32") -> tuple[minivlm.Pipeline, minivlm.Pipeline]:
+    """A checkpoint by `triton` and by `reference`."""
+    return tuple(minivlm.load(folder, device=device, dtype=dtype, backend=name) for name in ("triton", "reference"))
+
+
+def inputs_of(vlm: minivlm.Pipeline, sizes: Sequence[tuple[int, int]], text: str = "the cat") -> Inputs:
+    pictures = [tiny.picture(*size, seed=i) for i, size in enumerate(sizes)]
+    return vlm.processor("<image> what " * len(sizes) + text, pictures)
+
+
+def three_rows(vlm: minivlm.Pipeline) -> list[Inputs]:
+    """Two pictures, none, and one."""
+    return [inputs_of(vlm, [(23, 31), (40, 9)]), inputs_of(vlm, []), inputs_of(vlm, [(7, 7)])]
+
+
+def check(found: Tensor, plain: Tensor, exact: Tensor | None = None) -> None:
+    """Two results of the same dtype; exact: the same in float32 where that is not what they are."""
+    assert found.dtype == plain.dtype and found.isfinite().all()
+    if exact is None:
+        assert (found - plain).abs().max() <= 1e-5 * plain.abs().max()
+    else:
+        ours, theirs = ((x.float() - exact).square().mean().sqrt() for x in (found, plain))
+        assert 0 < ours <= 1.5 * theirs, (ours, theirs)
+
+
+# ---- what tokens see
+
+
+@pytest.mark.parametrize(
+    ("rows", "window"),
+    [
+        (Rows.causal([3, 2], [0, 4], [1, 0]), None),
+        (Rows.causal([5, 1, 7], [0, 9, 2], [2, 0, 3]), 4),
+        (Rows.shared_prefix([(3, 2, 2), (4,), (0, 2, 1)]), None),
+    ],
+)
+def test_intervals_are_what_rows_say(rows, window):
+    seen = triton_attention.sight(rows, window, "cpu")
+    prefix = torch.zeros_like(seen.lo) if seen.prefix is None else seen.prefix
+    assert (seen.prefix is None) == all(len(segments) == 1 for segments in rows.segments)
+    parts = (x.split(rows.lengths) for x in (seen.lo, seen.hi, prefix, seen.positions, seen.slots))
+    for row, (lo, hi, before, positions, slots) in enumerate(zip(*parts, strict=True)):
+        key = torch.arange(rows.starts[row] + rows.lengths[row])
+        found = ((lo[:, None] <= key) & (key < hi[:, None])) | (key < before[:, None])
+        assert torch.equal(found, rows.visible(row, window, "cpu"))
+        assert torch.equal(positions, key[rows.starts[row] :]) and set(slots.tolist()) == {rows.slots[row]}
+    assert seen.offsets.tolist() == [*rows.offsets, sum(rows.lengths)]
+    assert all(x.data_ptr() % 16 == seen.positions.data_ptr() % 16 for x in (seen.lo, seen.hi, seen.offsets))
+
+
+# ---- whole models, without a cache
+
+
+@pytest.mark.parametrize("kind", tiny.MODELS)
+def test_logits_equal_reference(kind, tiny_of, device):
+    ours, plain = pair_of(tiny_of(kind).folder, device)
+    rows = three_rows(plain)
+    with torch.inference_mode():
+        check(ours.model(rows), plain.model(rows))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_logits_are_as_near_the_truth_in_16_bits(dtype, tiny_of, device):
+    ours, plain = pair_of(tiny_of("next-mistral").folder, device, dtype)
+    rows = three_rows(plain)
+    with torch.inference_mode():
+        found, rounded = ours.model(rows), plain.model(rows)
+        check(found, rounded, plain.model.float()(rows))
+
+
+def test_weights_that_are_not_joined(tiny_of, device):
+    """As after `model.to`: the products are taken one by one."""
+    ours, plain = pair_of(tiny_of("llava").folder, device)
+    rows = [inputs_of(plain, [(12, 12)]), inputs_of(plain, [])]
+    for parameter in ours.model.parameters():
+        parameter.data = parameter.data.clone()
+    attention = ours.model.language_model.layers[0].self_attn
+    assert triton.joined([attention.q_proj.weight, attention.k_proj.weight]) is None
+    with torch.inference_mode():
+        check(ours.model(rows), plain.model(rows))
+        check(ours.model(rows[1:]), plain.model(rows[1:]))
+
+
+@pytest.mark.parametrize("kind", ("next-mistral", "llava"))
+def test_joined_weights_are_views_and_are_saved_as_they_came(kind, tiny_of, tmp_path):
+    ours = minivlm.load(tiny_of(kind).folder, device="cpu", dtype="float32", backend="triton")
+    attention = ours.model.language_model.layers[1].self_attn
+    whole = triton.joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert whole.shape == (32 + 16 + 16, 32) and whole.data_ptr() == attention.q_proj.weight.data_ptr()
+    ours.save(tmp_path / "copy")
+    again = minivlm.load(tmp_path / "copy", device="cpu", dtype="float32", backend="reference").model.state_dict()
+    for name, value in tiny_of(kind).vlm.model.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
+def test_segments_behind_a_shared_prefix(tiny_of, device):
+    ours, plain = (vlm.model.language_model for vlm in pair_of(tiny_of("next-mistral").folder, device))
+    rows = Rows.shared_prefix([(6, 4, 3), (5,)])
+    x = torch.randn(18, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        check(ours(x, rows, None), plain(x, rows, None))
+
+
+# ---- generation
+
+
+def steps(vlm: minivlm.Pipeline, rows: Sequence[Inputs], chunk: int, count: int) -> tuple[list[list[int]], Tensor]:
+    """Greedy ids of each row, and the logits of each step: [steps, B, V]."""
+    options = Options(max_new_tokens=count)
+    states = [Row(row, options, dataclasses.replace(vlm.vocabulary, eos_ids=frozenset()), vlm.context) for row in rows]
+    logits = []
+    hook = vlm.model.language_model.lm_head.register_forward_hook(lambda *call: logits.append(call[2].clone()))
+    ids = [[] for _ in rows]
+    for row, token in generate(vlm.model, states, new_cache(vlm.model, states), chunk):
+        ids[row].append(token.id)
+    hook.remove()
+    return ids, torch.stack(logits)
+
+
+@pytest.mark.parametrize("chunk", (7, 1000))
+@pytest.mark.parametrize("window", (None, 6))
+def test_generation_equals_reference(window, chunk, device, tmp_path):
+    folder = tiny.make_tiny(tmp_path, "next-mistral", text={"sliding_window": window})
+    ours, plain = pair_of(folder, device)
+    rows = three_rows(plain)
+    (found, logits), (expected, truth) = (steps(vlm, rows, chunk, 5) for vlm in (ours, plain))
+    assert found == expected
+    check(logits, truth)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_generation_in_16_bits(dtype, tiny_of, device):
+    """Rows longer than a block of keys, so that the cache is read in several runs."""
+    ours, plain = pair_of(tiny_of("next-mistral").folder, device, dtype)
+    rows = [inputs_of(plain, [(24, 24), (24, 24), (24, 24)], "the cat " * 20), inputs_of(plain, [(7, 7)])]
+    (ids, found), (same, rounded) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
+    plain.model.float()
+    truly, exact = steps(plain, rows, 1000, 3)
+    assert ids == same == truly
+    check(found, rounded, exact)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8, 8), (6, 3)])
+def test_heads_in_groups_of_any_number(shape, device, tmp_path):
+    heads, kv_heads = shape
+    text = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 24}
+    ours, plain = pair_of(tiny.make_tiny(tmp_path, "next-llama", text=text), device)
+    rows = [inputs_of(plain, [], "the cat is red"), inputs_of(plain, [], "what")]
+    (found, logits), (expected, truth) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
+    assert found == expected
+    check(logits, truth)
+
+
+def test_more_rows_than_a_skinny_product_takes(tiny_of, device):
+    ours, plain = pair_of(tiny_of("llava").folder, device)
+    rows = [inputs_of(plain, [], "the cat is"[: 2 + i]) for i in range(9)]
+    (found, logits), (expected, truth) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
+    assert found == expected
+    check(logits, truth)
+
+
+def test_steps_follow_a_cache_that_grows(tiny_of, device):
+    """Three rows, which a step for four pads; their slots in disorder, one of the cache's slots nobody's."""
+    ours, plain = (vlm.model.language_model for vlm in pair_of(tiny_of("next-mistral").folder, device))
+    lengths, slots = [3, 1, 2], [2, 0, 3]
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    with torch.inference_mode():
+        for decoder in (ours, plain):
+            cache = decoder.new_cache(4, 4)
+            cache.keys.fill_(torch.nan)
+            cache.values.fill_(torch.nan)
+            step = decoder.backend.decoding(decoder, cache)
+            decoder(x, Rows.causal(lengths, slots=slots), cache)
+            outputs = []
+            for t in range(4):
+                starts = [n + t for n in lengths]
+                cache.grow(max(starts) + 1)
+                outputs.append(step([t, 5, 9], Rows.causal([1] * 3, starts, slots)).clone())
+            outputs.append(step([7], Rows.causal([1], [6], [3])).clone())
+            assert cache.keys[:, 1, :, :4].isnan().all() and cache.capacity == 8
+            found.append(torch.cat(outputs))
+    check(*found)
+
+
+def test_a_drawn_answer_is_the_plain_samplers(tiny_of, device):
+    ours, plain = pair_of(tiny_of("next-mistral").folder, device)
+    picture = tiny.picture(20, 20)
+    settings = {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "seed": 7, "max_new_tokens": 6, "top_logprobs": 3}
+    found, expected = (vlm.generate("what is it?", [picture], **settings).tokens for vlm in (ours, plain))
+    assert [token.id for token in found] == [token.id for token in expected]
+    for ours_, theirs in zip(found, expected, strict=True):
+        assert [a.id for a in ours_.alternatives] == [a.id for a in theirs.alternatives]
+        assert ours_.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert ours_.sampled_logprob == pytest.approx(theirs.sampled_logprob, abs=1e-4)
+
+
+def test_a_position_beyond_the_cache_is_an_error(tiny_of, device):
+    model = minivlm.load(tiny_of("llava").folder, device=device, dtype="float32", backend="triton").model.language_model
+    with torch.inference_mode(), pytest.raises(ValueError, match="position 9 does not fit in a cache of 9 positions"):
+        model(torch.zeros(2, 32, device=device), Rows.causal([2], [8]), model.new_cache(1, 9))
+
+
+@pytest.mark.parametrize("pictures", (0, 1))
+def test_the_shipped_checkpoints_answer(pictures, device):
+    """At its own sizes: attention over several blocks of keys, products whose inner dimension is cut."""
+    picture = Image.new("RGB", (96, 96), (20, 60, 200))
+    answers = []
+    for name in ("triton", "reference"):
+        vlm = minivlm.load(device=device, dtype="float32", backend=name)
+        answers.append(vlm.generate("How many shapes are there?", [picture] * pictures, max_new_tokens=3).tokens)
+    found, expected = answers
+    assert [token.id for token in found] == [token.id for token in expected]
+    assert [token.logprob for token in found] == pytest.approx([token.logprob for token in expected], abs=1e-4)
+
+
+def forced(decoder: MistralDecoder, backend: Backend, ids: Tensor, prompt: int) -> Tensor:
+    """The logits [n, V] of n given ids: of the first `prompt` at once, of each other by a step."""
+    for module in decoder.modules():
+        if isinstance(module, MistralDecoder | MistralDecoderLayer | MistralAttention):
+            module.backend = backend
+    cache = decoder.new_cache(1, len(ids))
+    step = backend.decoding(decoder, cache)
+    hidden = [decoder(decoder.embed_tokens(ids[:prompt]), Rows.causal([prompt]), cache)]
+    for position in range(prompt, len(ids)):
+        hidden.append(step([int(ids[position])], Rows.causal([1], [position])).clone())
+    return decoder.logits(torch.cat(hidden)).float()
+
+
+def test_random_weights_agree_on_the_best_id(device):
+    """Wherever the two best logits differ by more than twice the error of plain PyTorch: on a GPU at the widths of
+    Mistral 7B, on a CPU at small ones. Each id is given, so no difference is carried on."""
+    large = device.type == "cuda"
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": None}
+    if large:
+        sizes |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32064}
+        sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        decoder = MistralDecoder(MistralConfig.from_hf({"model_type": "mistral", **sizes}, "test"), REFERENCE)
+    decoder = decoder.bfloat16().to_empty(device=device)
+    ids = torch.randint(sizes["vocab_size"], (600 if large else 24,), device=device)
+    with torch.inference_mode():
+        for name, parameter in decoder.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1, 0.2)
+            else:
+                parameter.normal_(0, 1 if "embed" in name else parameter.shape[-1] ** -0.5)
+        triton.pack(decoder)
+        prompt = len(ids) - 3
+        found = forced(decoder, triton.TRITON, ids, prompt)
+        plain = forced(decoder, REFERENCE, ids, prompt)
+        exact = forced(decoder.float(), REFERENCE, ids, prompt)
+    check(found, plain, exact)
+    best = exact.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * (plain - exact).abs().max()
+    assert clear.sum() > len(ids) // 4
+    assert torch.equal(found.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+# ---- the sampler
+
+
+def test_the_fused_sampler_has_the_plain_ones_results(device):
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(6, 97, generator=generator)
+    allowed = torch.rand(97, generator=generator) < 0.8
+    samplings = [
+        Sampling(),
+        Sampling(top_logprobs=4, repetition_penalty=1.4),
+        Sampling(temperature=0.7, seed=2**64 - 1, top_k=9),
+        Sampling(top_p=0.6, seed=5, top_logprobs=20),
+        Sampling(min_p=0.1, seed=6),
+        Sampling(seed=3, temperature=2.5, repetition_penalty=0.6, top_k=50, top_p=0.95, min_p=0.01, top_logprobs=1),
+    ]
+    seen = [(), (1, 2, 3, 96, 400), (4,), (), (), tuple(range(0, 97, 3))]
+    positions = [5, 6, 7, 8, 2**40, 10]
+    found = triton_sampler.sampler(allowed.to(device))(logits.to(device), samplings, positions, seen)
+    for ours, plain in zip(found, sample(logits, samplings, positions, seen, allowed), strict=True):
+        assert ours.id == plain.id and [i for i, _ in ours.alternatives] == [i for i, _ in plain.alternatives]
+        numbers = [[c.logprob, c.sampled_logprob, *(value for _, value in c.alternatives)] for c in (ours, plain)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("v", (1, 31, 32, 33, 97))
+def test_bits(v):
+    allowed = torch.rand(v, generator=torch.Generator().manual_seed(v)) < 0.5
+    words = triton_sampler.packed_bits(allowed)
+    assert words.dtype == torch.int32 and len(words) == -(-v // 32)
+    assert [bool(words[i // 32].item() >> i % 32 & 1) for i in range(v)] == allowed.tolist()
+
+
+@pytest.mark.parametrize(
+    ("logits", "allowed", "sampling", "error", "message"),
+    [
+        ([1.0, torch.nan], [True, True], Sampling(), NumericError, "row 0, position 3"),
+        ([1.0, torch.inf], [True, True], Sampling(), NumericError, "row 0, position 3"),
+        ([1.0, -torch.inf], [False, True], Sampling(), InputError, "no id of positive probability"),
+        ([1e30, 1.0], [True, True], Sampling(temperature=1e-30, seed=1), InputError, "beyond the range of float32"),
+        ([1.0, 2.0], [True, True], Sampling(temperature=1.0), InputError, "seed: found None"),
+        ([1.0, 2.0], [True, True, True], Sampling(), InputError, "allowed"),
+    ],
+)
+def test_the_samplers_errors(logits, allowed, sampling, error, message, device):
+    logits, allowed = torch.tensor([logits], device=device), torch.tensor(allowed, device=device)
+    with pytest.raises(error, match=message):
+        triton_sampler.sampler(allowed)(logits, [sampling], [3], [()])
+    with pytest.raises(error, match=message):
+        REFERENCE.sampler(allowed)(logits, [sampling], [3], [()])
+
+
+# ---- the choice
+
+
+def test_a_device_without_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr("minivlm.kernels.checks.interpreted", lambda: False)
+    for name in ("cpu", "mps"):
+        with pytest.raises(InputError, match=f"backend triton: found device {name}, expected cuda"):
+            choose("triton", torch.device(name))
+
+
+def test_auto_on_a_gpu(monkeypatch):
+    """Hopper gets the kernels; Turing, which they were not made for, PyTorch's; asked for, they are refused."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert choose("auto", torch.device("cuda")).name == "triton"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    assert choose("auto", torch.device("cuda")).name == "sdpa"
+    with pytest.raises(InputError, match=r"compute capability 7\.5, expected 8\.0"):
+        choose("triton", torch.device("cuda"))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr("minivlm.ops.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert choose("auto", torch.device("cuda")).name == "sdpa"
+    with pytest.raises(InputError, match="Triton is not installed"):
+        choose("triton", torch.device("cuda"))
+
+
+@pytest.mark.skipif(not checks.interpreted(), reason="on a GPU bfloat16 is right")
+@pytest.mark.parametrize(("interpret", "message"), [("0", "found device cpu"), ("1", "computes bfloat16 wrongly")])
+def test_on_a_cpu_the_command_says_what_does_not_run(interpret, message, tiny_of):
+    """The interpreter as it comes, without what tests/bf16.py does to it."""
+    command = [sys.executable, "-m", "minivlm", "generate", "--model", tiny_of("llava").folder, "hi"]
+    command += ["--backend", "triton", "--device", "cpu", "--dtype", "bfloat16", "--max-new-tokens", "1"]
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
