@@ -16,7 +16,6 @@ from minivlm.fields import Fields
 from minivlm.ops.backend import Backend
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
-from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
 # Hugging Face class defaults that differ between the brands; a published config.json omits what equals them.
@@ -174,7 +173,7 @@ class MistralDecoder(nn.Module):
     def forward(self, embeddings: Tensor, rows: Rows, cache: KVCache | None) -> Tensor:
         """embeddings [S, D] of B packed rows -> hidden states [S, D] after the final norm."""
         config, device = self.config, embeddings.device
-        rope = rope_table(rows.positions(device), config.head_dim, config.rope_theta, embeddings.dtype)
+        rope = self.backend.rope(rows, config.head_dim, config.rope_theta, embeddings.dtype, device)
         seen = self.backend.sight(rows, config.sliding_window, device)
         x = embeddings
         for layer in self.layers:

@@ -2,24 +2,38 @@
 
 A backend is handed to the blocks at construction; they call nothing finer, so there is one decoder and one encoder
 whatever computes them. `reference` is plain PyTorch, the text to read and the oracle of the others; `sdpa` uses
-PyTorch's fused attention and runs on any device.
+PyTorch's fused attention and runs on any device; `cpu` (ops/cpu.py) packs the weights for a processor.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
+from minivlm.ops import cpu
 from minivlm.ops.attention import attend_rows, eager, fused, sight
 from minivlm.ops.kv_cache import KVCache
-from minivlm.ops.rope import rotate
+from minivlm.ops.rope import rope_table, rotate
 from minivlm.ops.rows import Rows
+
+
+def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the packed positions' angles: two tensors [S, 1, C]."""
+    return rope_table(rows.positions(device), head_dim, theta, dtype)
+
+
+def as_loaded(model: nn.Module) -> None:
+    """What most backends do with a model once its weights are there: nothing."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations that blocks are built from; each has the signature of its plain form below."""
+    """The operations that blocks are built from; each has the signature of its plain form in this file.
+
+    prepare: called once with a loaded model, whose layers it may replace; then it is for inference only.
+    """
 
     name: str
     norm_linear: Callable
@@ -27,6 +41,8 @@ class Backend:
     sight: Callable
     attention: Callable
     vision_attention: Callable
+    rope: Callable = rope
+    prepare: Callable = as_loaded
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -72,11 +88,29 @@ def vision_attention_by(attend: Callable) -> Callable:
 
 REFERENCE = Backend("reference", norm_linear, gated_mlp, sight, attention_by(eager), vision_attention_by(eager))
 SDPA = replace(REFERENCE, name="sdpa", attention=attention_by(fused), vision_attention=vision_attention_by(fused))
-BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA)}
+CPU = replace(
+    SDPA,
+    name="cpu",
+    norm_linear=cpu.norm_linear,
+    gated_mlp=cpu.gated_mlp,
+    attention=cpu.attention,
+    rope=cpu.rope,
+    prepare=cpu.prepare,
+)
+BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, CPU)}
 
 
-def choose(name: str) -> Backend:
-    """The backend of that name; `auto` is `sdpa` on every device."""
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of that name. `auto` is `cpu` on a CPU that can pack weights of this type, else `sdpa`.
+
+    Raises InputError for an unknown name, and for one that cannot run here, with the reason.
+    """
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(BACKENDS)}")
-    return SDPA if name == "auto" else BACKENDS[name]
+    if name == "auto":
+        return CPU if device.type == "cpu" and cpu.missing(dtype) is None else SDPA
+    if name == "cpu" and device.type != "cpu":
+        raise InputError(f"backend cpu: found device {device}, expected cpu")
+    if name == "cpu" and (reason := cpu.missing(dtype)) is not None:
+        raise InputError(f"backend cpu: no packed products of {dtype} ({reason}), expected another type or backend")
+    return BACKENDS[name]
