@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minivlm import __version__, parity
+from minivlm.bench import run as bench
 from minivlm.evaluate import heldout
 from minivlm.models import SHIPPED
 from minivlm.ops.backend import BACKENDS
@@ -42,6 +43,7 @@ def parser() -> _Parser:
         ("chat", _chat, "[options]", "a dialogue in the terminal, with pictures"),
         ("parity", _parity, "[QUESTION] [options]", "compare a checkpoint stage by stage with transformers"),
         ("train", _train, "--out FOLDER [options]", f"train {SHIPPED} from nothing, or continue a run that stopped"),
+        ("bench", _bench, "[ROW ...] [options]", "how fast it runs here, beside the physical limit and transformers"),
         ("eval", _eval, "[options]", f"ask {SHIPPED} held-out questions and print the table of scores"),
     ):
         command = commands.add_parser(
@@ -105,6 +107,17 @@ def _eval(parser: _Parser) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="questions at a time (default 16)")
     _json_option(parser)
     _load_options(parser)
+
+
+def _bench(parser: _Parser) -> None:
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(bench.NAMES)} (default: all there are)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and the smaller decoder alone")
+    parser.add_argument("--threads", type=int, nargs="+", default=[], metavar="N",
+                        help="numbers of threads on a CPU (default: 1 and all)")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens a second against context and batch")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--backend", default="auto", help=f"auto, {' or '.join(BACKENDS)} (default auto)")
+    _json_option(parser)
 
 
 def _image_option(parser: _Parser) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivlm.errors import InputError
@@ -123,7 +124,7 @@ def load(
     generation_values = read_json(folder / "generation_config.json")
     generation = GenerationDefaults.from_hf(generation_values, values, str(folder))
     stored = find_tensors(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = VLM(config, backend)
     sources, ignored = account(model, stored, folder)
     stored_dtype = _most_bytes(sources.values())
@@ -303,6 +304,17 @@ def _fill(model: VLM, state: dict[str, Tensor], sources: Mapping[str, StoredTens
     model.load_state_dict(state, assign=True)
     if tied:
         model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
+
+
+class _Unfilled(TorchFunctionMode):
+    """Makes filling a tensor with normal numbers do nothing: on `meta` PyTorch would import its compiler, a second's
+    work, to change no number."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _config_values(folder: Path) -> dict[str, Any]:

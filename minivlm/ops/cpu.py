@@ -34,7 +34,8 @@ def missing(dtype: torch.dtype) -> str | None:
     """What this PyTorch or processor lacks for packed products of a type; None if they work, which is tried."""
     if not torch.backends.mkldnn.is_available():
         return "PyTorch was built without oneDNN"
-    weight, x = torch.eye(3, 2, dtype=dtype), torch.tensor([[2.0, 3.0]], dtype=dtype)
+    place = {"dtype": dtype, "device": "cpu"}  # whatever device is the default just now
+    weight, x = torch.eye(3, 2, **place), torch.tensor([[2.0, 3.0]], **place)
     try:
         found = _product(x, _reordered(weight), None)
     except (AttributeError, RuntimeError) as error:  # no such operator; no kernel for this type on this processor
@@ -186,7 +187,7 @@ def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) ->
 @lru_cache(maxsize=4)
 def _rope_rows(size: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # a table made while generating must serve a backward pass too
-        return rope_table(torch.arange(size), head_dim, theta, dtype)
+        return rope_table(torch.arange(size, device="cpu"), head_dim, theta, dtype)
 
 
 def attention(

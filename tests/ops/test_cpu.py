@@ -71,6 +71,11 @@ def test_a_type_without_packed_products_is_refused_by_name():
         choose("cpu", here, torch.float64)
 
 
+def test_the_trial_does_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        assert cpu.missing.__wrapped__(torch.float32) is None
+
+
 @pytest.mark.parametrize("fault", ["no operator", "wrong numbers"])
 def test_the_private_operators_are_tried_before_they_are_used(monkeypatch, fault):
     def broken(x, packed, bias):
