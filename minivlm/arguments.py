@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from minivlm import __version__, parity
+from minivlm.bench import run as bench
 from minivlm.evaluate import heldout
 from minivlm.models import SHIPPED
-from minivlm.ops.backend import NAMES
+from minivlm.ops import backend as backends
 from minivlm.processor.prompts import TEMPLATES
 from minivlm.train.questions import KINDS
 
@@ -42,6 +43,7 @@ def parser() -> _Parser:
         ("chat", _chat, "[options]", "a dialogue in the terminal, with pictures"),
         ("parity", _parity, "[QUESTION] [options]", "compare a checkpoint stage by stage with transformers"),
         ("train", _train, "--out FOLDER [options]", f"train {SHIPPED} from nothing, or continue a run that stopped"),
+        ("bench", _bench, "[ROW ...] [options]", "how fast it runs here, beside the physical limit and transformers"),
         ("eval", _eval, "[options]", f"ask {SHIPPED} held-out questions and print the table of scores"),
     ):
         command = commands.add_parser(
@@ -107,6 +109,17 @@ def _eval(parser: _Parser) -> None:
     _load_options(parser)
 
 
+def _bench(parser: _Parser) -> None:
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(bench.NAMES)} (default: all there are)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and the smaller decoder alone")
+    parser.add_argument("--threads", type=int, nargs="+", default=[], metavar="N",
+                        help="numbers of threads on a CPU (default: 1 and all)")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens a second against context and batch")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--backend", default="auto", help=f"auto, {' or '.join(backends.NAMES)} (default auto)")
+    _json_option(parser)
+
+
 def _image_option(parser: _Parser) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL", help="a picture; repeatable")
 
@@ -135,7 +148,7 @@ def _model_options(parser: _Parser, device: str = "auto", backend: str = "auto")
     group.add_argument("--model", metavar="MODEL", help=f"a folder or a hub id (default: {SHIPPED}, which is shipped)")
     group.add_argument("--device", default=device, help=f"auto, cpu, cuda, cuda:N or mps (default {device})")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
-    group.add_argument("--backend", default=backend, help=f"auto, {' or '.join(NAMES)} (default {backend})")
+    group.add_argument("--backend", default=backend, help=f"auto, {' or '.join(backends.NAMES)} (default {backend})")
     return group
 
 

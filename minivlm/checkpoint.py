@@ -9,17 +9,19 @@ file, whose pages the system may drop and read again.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivlm.errors import InputError
 from minivlm.ops.backend import Backend
+from minivlm.ops.cpu import weights
 from minivlm.processor.tokens import read_json
 from minivlm.shards import StoredTensor, find_tensors, others, read_tensors, staged, write_json, write_tensors
 from minivlm.vlm import VLM, VLMConfig
@@ -125,15 +127,22 @@ def load(
     layers = config.text.num_hidden_layers + config.vision.num_hidden_layers
     if layers > len(stored):  # a config.json that asks for 10**9 layers would be built for hours before it failed
         raise InputError(f"{folder / 'config.json'}: asks for {layers} layers, the files hold {len(stored)} tensors")
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = VLM(config, backend)
     sources, ignored = account(model, stored, folder)
-    stored_dtype = _most_bytes(sources)
+    stored_dtype = _most_bytes(sources.values())
     dtype = _choose_dtype(dtype, values, stored_dtype, device, folder)
     _fill(model, _converted(sources, device, dtype, f"loading {folder.name}" if progress else None), sources)
-    backend.pack(model)
     not_run = _not_run(model)
+    backend.prepare(model)
     return model, CheckpointInfo(folder, values, generation_values, generation, stored_dtype, ignored, not_run)
+
+
+def compute_dtype(folder: Path, dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """The type that `load` computes in; for "auto" it reads config.json and the headers of the weights."""
+    if dtype != "auto":
+        return _choose_dtype(dtype, {}, "", device, folder)
+    return _choose_dtype(dtype, _config_values(folder), _most_bytes(find_tensors(folder).values()), device, folder)
 
 
 def rename(name: str) -> str:
@@ -202,6 +211,7 @@ def save(
 
     config_values, generation_values: what `CheckpointInfo` kept, written back unchanged but for the dtype.
     Without them config.json is made from the model's configuration and no generation_config.json is written.
+    Weights that the backend packed are unpacked, one shard at a time.
     All files appear together or, with an InputError, none does.
     """
     dtype = model.language_model.embed_tokens.weight.dtype
@@ -219,9 +229,8 @@ def save(
         write_json(part / "config.json", config_values)
         if generation_values:
             write_json(part / "generation_config.json", generation_values)
-        # A tied head is the embedding itself, and `named_parameters` names it once.
-        tensors = {published_name(name): parameter for name, parameter in model.named_parameters()}
-        write_tensors(part, tensors, shard_bytes)
+        # A tied head is the embedding itself, and `weights` names it once.
+        write_tensors(part, ((published_name(name), tensor) for name, tensor in weights(model)), shard_bytes)
 
 
 def to_hf(config: VLMConfig) -> dict[str, Any]:
@@ -300,6 +309,17 @@ def _fill(model: VLM, state: dict[str, Tensor], sources: Mapping[str, StoredTens
         model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
 
 
+class _Unfilled(TorchFunctionMode):
+    """Makes filling a tensor with normal numbers do nothing: on `meta` PyTorch would import its compiler, a second's
+    work, to change no number."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def _config_values(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
@@ -340,11 +360,12 @@ def _choose_dtype(
     return own
 
 
-def _most_bytes(sources: Mapping[str, StoredTensor]) -> str:
+def _most_bytes(tensors: Iterable[StoredTensor]) -> str:
     """The stored type that holds most of the weights."""
     totals = dict.fromkeys(STORED_DTYPES, 0)
-    for tensor in sources.values():
-        totals[tensor.dtype] += _nbytes(tensor)
+    for tensor in tensors:
+        if tensor.dtype in totals:  # the others are ignored, or refused by `account`
+            totals[tensor.dtype] += _nbytes(tensor)
     return max(totals, key=lambda name: totals[name])
 
 

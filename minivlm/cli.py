@@ -20,6 +20,8 @@ import minivlm
 from minivlm import hub, parity
 from minivlm.answer import Options, Reply, Settings
 from minivlm.arguments import BAD_INPUT, parser
+from minivlm.bench import run as bench
+from minivlm.bench.report import plot
 from minivlm.errors import InputError, NumericError
 from minivlm.evaluate import heldout
 from minivlm.models import SHIPPED
@@ -181,7 +183,31 @@ def _eval(arguments: argparse.Namespace) -> int:
     return FAILED if arguments.require and not report.ok else 0
 
 
-COMMANDS = {"generate": _generate, "chat": _chat, "parity": _parity, "train": _train, "eval": _eval}
+def _bench(arguments: argparse.Namespace) -> int:
+    if any(number < 1 for number in arguments.threads):
+        raise InputError(f"--threads: found {min(arguments.threads)}, expected at least 1")
+    report = bench.run(
+        arguments.rows,
+        choose_device(arguments.device),
+        arguments.backend,
+        arguments.quick,
+        arguments.threads,
+        told=lambda row: say(f"{row.name}: {row.setting}"),
+    )
+    if arguments.plot is not None:
+        plot(report.rows, arguments.plot)
+    print(json.dumps(report.to_json()) if arguments.json else "\n".join(report.lines()))
+    return 0
+
+
+COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "parity": _parity,
+    "train": _train,
+    "bench": _bench,
+    "eval": _eval,
+}
 
 
 # What commands share.

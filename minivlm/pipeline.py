@@ -153,12 +153,12 @@ def load(
 
     device: "auto" is CUDA where there is one, else the CPU. dtype: "float32", "bfloat16", "float16", or
     "auto", the checkpoint's own, but on a CPU never float16, which is 20 times slower there. backend: "auto"
-    or a name in `minivlm.ops.backend`; to train, "sdpa" or "reference". prompt_format: the built-in chat
-    template for a folder that has none; None takes that of the published model of this structure. Raises
-    InputError, one line, for whatever is missing, damaged or not supported.
+    or a name in `minivlm.ops.backend`; to train, "sdpa" or "reference", as the others have no gradients, and "auto"
+    chooses them. prompt_format: the built-in chat template for a folder that has none;
+    None takes that of the published model of this structure. Raises InputError, one line, for whatever is
+    missing, damaged or not supported.
     """
     place = choose_device(device)
-    chosen = backends.choose(backend, place)
     folder = hub.resolve(model)
     config = checkpoint.read_config(folder)
     recipe = recipe_for(config)
@@ -166,7 +166,8 @@ def load(
         prompt_format = recipe.prompt_format
     # The processor first: what is wrong with the small files should not wait for gigabytes of weights.
     processor = Processor.from_folder(folder, geometry(config), config.image_token_id, prompt_format)
-    vlm, info = checkpoint.load(folder, place, dtype, chosen)
+    dtype = checkpoint.compute_dtype(folder, dtype, place)
+    vlm, info = checkpoint.load(folder, place, dtype, backends.choose(backend, place, dtype))
     ends = () if recipe is None else tuple(map(processor.tokenizer.backend.token_to_id, recipe.stop))
     return Pipeline(vlm, processor, [*info.generation.eos_token_ids, *ends], info)
 

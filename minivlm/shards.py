@@ -99,34 +99,43 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
                 yield tensor, file.get_tensor(tensor.name)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """Write one file, or shards of at most `shard_bytes` with an index; a larger tensor has its own shard."""
-    shards: list[dict[str, Tensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        if not shards or tensor.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write one file, or shards of at most `shard_bytes` with an index; a larger tensor has its own shard.
+
+    tensors: (name, values), taken one at a time; no more than a shard of them is held.
+    """
+    shards: list[list[str]] = []  # names
+    total = 0
+    for shard in _shards(tensors, shard_bytes):
+        _write(folder / f"{len(shards)}.part", shard)
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
     count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        names = [SINGLE]
-    for file_name, shard in zip(names, shards, strict=True):
-        path = folder / file_name
-        path.touch()
-        mode = path.stat().st_mode  # as the user's umask has it; safetensors would give it to the owner alone
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()},
-            path,
-            {"format": "pt"},
-        )
-        path.chmod(mode)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    for number, file_name in enumerate(names):
+        (folder / f"{number}.part").rename(folder / file_name)
     if count > 1:
         places = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
-        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(folder / INDEX, {"metadata": metadata, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    room = shard_bytes
+    for name, tensor in tensors:
+        if shard and tensor.nbytes > room:
+            yield shard
+            shard, room = {}, shard_bytes
+        shard[name] = tensor
+        room -= tensor.nbytes
+    yield shard
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask has it; safetensors would give it to the owner alone
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 @contextmanager

@@ -146,7 +146,7 @@ class VLM(nn.Module):
             config.multimodal_projector_bias,
         )
         if config.image_grid_pinpoints is not None:
-            self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
+            self.image_newline = nn.Parameter(torch.empty(width).normal_(std=width**-0.5))
         self.language_model = MistralDecoder(config.text, backend)
 
     def forward(self, inputs: Sequence[Inputs]) -> Tensor:

@@ -29,6 +29,7 @@ from test_published import expand
 
 import minivlm
 from minivlm.checkpoint import published_name
+from minivlm.ops.cpu import weights
 from minivlm.processor.prompts import TEMPLATES
 
 PUBLISHED = Path(__file__).parent / "published" / "llava-v1.6-mistral-7b-hf.json"
@@ -148,7 +149,7 @@ def write_shard(path: Path, block: np.ndarray, held: list[tuple[int, str]], shap
 def check_places(vlm: minivlm.Pipeline, layers: int) -> None:
     """Every parameter begins with the numbers that were written for it, rounded once to bfloat16."""
     block, names = random_block(), list(published(layers)[1])
-    for parameter_name, parameter in vlm.model.named_parameters():
+    for parameter_name, parameter in weights(vlm.model):
         name = published_name(parameter_name)
         written = torch.from_numpy(np.concatenate(list(values(block, name, names.index(name), 1000))))
         first = parameter.detach().flatten()[:1000]
@@ -249,19 +250,20 @@ def measure(folder: Path, layers: int, picture: Path, tokens: int) -> int:
     peak = memory.finish()
     check_places(vlm, layers)
     text, made = vlm.model.config.text, len(reply.tokens)
-    weights = sum(parameter.nbytes for parameter in vlm.model.parameters())
+    held = sum(parameter.nbytes for parameter in vlm.model.parameters())
     positions = reply.prompt_tokens + tokens
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * positions * text.head_dim * 2
     prefill, step = reply.prefill_seconds, reply.decode_seconds / max(1, made - 1)
     print(f"prefill{prefill:29.1f} s   {reply.prompt_tokens / prefill:6.1f} tokens/s, {reply.prompt_tokens} tokens")
-    print(f"decode{step:30.3f} s/token, {made} tokens on {torch.get_num_threads()} threads")
+    backend = vlm.model.language_model.backend.name
+    print(f"decode{step:30.3f} s/token, {made} tokens on {torch.get_num_threads()} threads, backend {backend}")
     print(f"answer                      {reply.text!r:.60}")
-    print(f"weights {weights / GB:.3f} GB in bfloat16, cache {cache / GB:.3f} GB for {positions} positions")
+    print(f"weights {held / GB:.3f} GB in bfloat16, cache {cache / GB:.3f} GB for {positions} positions")
     print(
         f"peak of anonymous memory {peak['RssAnon'] / GB:.3f} GB ({loaded['RssAnon'] / GB:.3f} while loading, "
         f"{before / GB:.3f} before it); of mapped file pages {peak['RssFile'] / GB:.3f} GB"
     )
-    ratio = peak["RssAnon"] / (weights + cache)
+    ratio = peak["RssAnon"] / (held + cache)
     verdict = "at most" if ratio <= LIMIT else "MORE THAN"
     if layers < LAYERS:  # interpreter and activations are as large as ever, the weights are not
         print(f"anonymous memory is {ratio:.3f} times weights and cache, which is judged at the full size only")

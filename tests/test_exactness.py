@@ -252,7 +252,7 @@ def test_fused_attention_is_as_near_as_transformers_own(kind, dtype, tiny_of):
     assert 0 < max(ours) <= max(theirs)
 
 
-@pytest.mark.parametrize("backend", ("reference", "sdpa"))
+@pytest.mark.parametrize("backend", ("reference", "sdpa", "cpu"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_logits_are_finite_everywhere(dtype, backend, tiny_of):
     """checklist 21: rows of very different lengths share a batch, and no position sees nothing."""

@@ -186,7 +186,7 @@ def test_parts_cut_the_packed_rows():
         next(parts([3], [0], 0))
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
 def test_every_decode_step_sees_every_token(tiny_of, backend):
     """checklist 13: each step's distribution equals that of a fresh prefill of everything before it."""
     vlm = minivlm.load(tiny_of("next-mistral").folder, device="cpu", dtype="float32", backend=backend)

@@ -31,17 +31,17 @@ LEVELS = (
     "chat hub",
     "pipeline",
     "__init__",
-    "parity terminal train",
+    "bench parity terminal train",
     "evaluate",
     "arguments",
     "cli",
     "__main__",
 )
 # Where gradients may be switched off: anywhere else a model could not be trained through it.
-WITHOUT_GRADIENTS = ("generate.py", "train/", "evaluate/")
+WITHOUT_GRADIENTS = ("generate.py", "train/", "evaluate/", "bench/")
 # tokenizers raises Exception itself; what is not exactly that is raised again.
 CATCHES_EXCEPTION = {("processor/tokens.py", "from_folder")}
-COMPARES_WITH_TRANSFORMERS = ("parity.py", "bench.py")
+COMPARES_WITH_TRANSFORMERS = ("parity.py", "bench/")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 

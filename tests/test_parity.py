@@ -80,10 +80,11 @@ def test_every_stage_is_equal_bit_for_bit(tiny_of, kind, dtype):
     assert report.lines()[-1] == f"parity: all {len(expected)} stages are equal bit for bit"
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sdpa_is_as_near_to_eager_as_that_of_transformers(tiny_of, kind, dtype):
-    report = parity.run(tiny_of(kind).folder, dtype=dtype, backend="sdpa", tokens=4)
+def test_fast_backends_are_as_near_to_eager_as_transformers_sdpa(tiny_of, kind, dtype, backend):
+    report = parity.run(tiny_of(kind).folder, dtype=dtype, backend=backend, tokens=4)
     assert report.ok, report.lines()
     assert "within" in {d.verdict for d in report.differences}  # else sdpa did not run, or eager did not
     limits = {d.stage: d.limit for d in report.differences}

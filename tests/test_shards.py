@@ -202,7 +202,7 @@ def test_folder_without_safetensors(tmp_path, names, parts):
 
 def test_shards_hold_at_most_their_size_and_whole_tensors(tmp_path):
     """a is 24 bytes, b and c are 8: of 16-byte shards a fills one alone, b and c share one."""
-    write_tensors(tmp_path, TENSORS, 16)
+    write_tensors(tmp_path, TENSORS.items(), 16)
     index = json.loads((tmp_path / INDEX).read_text())
     first, second = "model-00001-of-00002.safetensors", SECOND
     assert index == {"metadata": {"total_size": 40}, "weight_map": {"a": first, "b": second, "c": second}}
@@ -228,5 +228,5 @@ def test_new_weights_replace_old_ones_and_nothing_else(sharded):
         (part / "README.md").write_text("no weights")
     assert (sharded / INDEX).exists()
     with staged(sharded) as part:
-        write_tensors(part, TENSORS, 10**9)
+        write_tensors(part, TENSORS.items(), 10**9)
     assert sorted(path.name for path in sharded.iterdir()) == ["README.md", SINGLE, "other.safetensors"]

@@ -16,7 +16,6 @@ from minivlm.fields import Fields
 from minivlm.ops.backend import Backend
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
-from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
 # Hugging Face class defaults that differ between the brands; a published config.json omits what equals them.
@@ -175,12 +174,12 @@ class MistralDecoder(nn.Module):
 
     def forward(self, embeddings: Tensor, rows: Rows, cache: KVCache | None) -> Tensor:
         """embeddings [S, D] of B packed rows -> hidden states [S, D] after the final norm."""
-        seen = self.backend.sight(rows, self.config.sliding_window, embeddings.device)
-        return self.run(embeddings, rows.positions(embeddings.device), rows, seen, cache)
+        config, device = self.config, embeddings.device
+        rope = self.backend.rope(rows, config.head_dim, config.rope_theta, embeddings.dtype, device)
+        return self.run(embeddings, rope, rows, self.backend.sight(rows, config.sliding_window, device), cache)
 
-    def run(self, x: Tensor, positions: Tensor, rows: Rows, seen, cache: KVCache | None) -> Tensor:
-        """The same from each token's rotary position [S], and what the backend's `sight` says that it sees."""
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+    def run(self, x: Tensor, rope, rows: Rows, seen, cache: KVCache | None) -> Tensor:
+        """The same from what the backend's `rope` and `sight` say of the rows."""
         for layer in self.layers:
             x = layer(x, rope, rows, seen, cache)
         return self.norm(x)

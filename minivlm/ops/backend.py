@@ -2,7 +2,8 @@
 
 A backend is handed to the blocks at construction; they call nothing finer, so there is one decoder and one encoder
 whatever computes them. `reference` is plain PyTorch, the text to read and the oracle of the others; `sdpa` uses
-PyTorch's fused attention and runs on any device; `triton` (triton.py) is this project's own kernels.
+PyTorch's fused attention and runs on any device; `cpu` (cpu.py) packs the weights for a processor; `triton` (triton.py)
+is this project's own kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,16 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
+from minivlm.ops import cpu
 from minivlm.ops.attention import attend_rows, eager, fused, sight
 from minivlm.ops.kv_cache import KVCache
-from minivlm.ops.rope import rotate
+from minivlm.ops.rope import rope_table, rotate
 from minivlm.ops.rows import Rows
 from minivlm.sampler import sample
 
 
+def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the packed positions' angles: two tensors [S, 1, C]."""
+    return rope_table(rows.positions(device), head_dim, theta, dtype)
+
+
+def as_loaded(model: nn.Module) -> None:
+    """What most backends do with a model once its weights are there: nothing."""
+
+
 @dataclass(frozen=True)
 class Backend:
-    """The operations that blocks are built from; each has the signature of its plain form below."""
+    """The operations that blocks are built from; each has the signature of its plain form in this file.
+
+    prepare: called once with a loaded model, whose layers it may replace; then it is for inference only.
+    """
 
     name: str
     norm_linear: Callable
@@ -34,7 +48,8 @@ class Backend:
     encoder_end: Callable
     decoding: Callable
     sampler: Callable
-    pack: Callable
+    rope: Callable
+    prepare: Callable
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -119,10 +134,6 @@ def sampler(allowed: Tensor) -> Callable:
     return partial(sample, allowed=allowed)
 
 
-def as_loaded(model: nn.Module) -> None:
-    """What `pack` does to a loaded model's weights where they are used as they were stored: nothing."""
-
-
 REFERENCE = Backend(
     name="reference",
     norm_linear=norm_linear,
@@ -133,33 +144,53 @@ REFERENCE = Backend(
     encoder_end=encoder_end,
     decoding=decoding,
     sampler=sampler,
-    pack=as_loaded,
+    rope=rope,
+    prepare=as_loaded,
 )
 SDPA = replace(REFERENCE, name="sdpa", attention=attention_by(fused), vision_attention=vision_attention_by(fused))
-BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA)}
+CPU = replace(
+    SDPA,
+    name="cpu",
+    norm_linear=cpu.norm_linear,
+    decoder_end=decoder_end_by(cpu.gated_mlp),
+    attention=cpu.attention,
+    rope=cpu.rope,
+    prepare=cpu.prepare,
+)
+BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, CPU)}
 NAMES = (*BACKENDS, "triton")
 OLDEST = (8, 0)  # the compute capability from which on the kernels were compiled: Ampere
 
 
-def choose(name: str, device: torch.device) -> Backend:
-    """The backend of that name. `auto` is `triton` on the GPUs that it is made for, else `sdpa`.
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of that name. `auto` is `triton` on CUDA and `cpu` on a CPU where they can run, else `sdpa`.
 
-    Raises InputError for a backend that is not known, or that cannot run on this device.
+    Raises InputError for a backend that is not known, or that cannot run here, with the reason.
     """
     if name not in ("auto", *NAMES):
         raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(NAMES)}")
     if name == "auto":
-        name = "triton" if device.type == "cuda" and _obstacle(device) is None else "sdpa"
+        best = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "sdpa")
+        name = best if _obstacle(best, device, dtype) is None else "sdpa"
+    if obstacle := _obstacle(name, device, dtype):
+        raise InputError(f"backend {name}: {obstacle}")
     if name != "triton":
         return BACKENDS[name]
-    if obstacle := _obstacle(device):
-        raise InputError(f"backend triton: {obstacle}")
     from minivlm.ops.triton import TRITON  # here, since Triton is not everywhere, and takes a second to import
 
     return TRITON
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run on this device with this type; None if it can."""
+    if name == "cpu" and device.type != "cpu":
+        return f"found device {device}, expected cpu"
+    if name == "cpu" and (reason := cpu.missing(dtype)) is not None:
+        return f"no packed products of {dtype} ({reason}), expected another type or backend"
+    return _triton_obstacle(device) if name == "triton" else None
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device; None if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed, expected `pip install triton`, on Linux"

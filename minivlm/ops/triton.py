@@ -149,5 +149,5 @@ TRITON = Backend(
     encoder_end=encoder_end,
     decoding=decoding,
     sampler=sampler,
-    pack=pack,
+    prepare=pack,
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.ops.kv_cache import KVCache
+from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 from minivlm.ops.triton_attention import Sight
 
@@ -78,7 +79,9 @@ class Step:
 
     def _compute(self) -> Tensor:
         x = self.decoder.embed_tokens(self.ids)  # [size, D]
-        return self.decoder.run(x, self.positions, self.rows, self.seen, self.cache)
+        config = self.decoder.config
+        rope = rope_table(self.positions, config.head_dim, config.rope_theta, x.dtype)
+        return self.decoder.run(x, rope, self.rows, self.seen, self.cache)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         with torch.cuda.device(self.table.device):

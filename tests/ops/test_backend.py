@@ -5,33 +5,36 @@ import torch
 from torch import nn
 
 from minivlm.errors import InputError
-from minivlm.ops.backend import BACKENDS, SDPA, choose
+from minivlm.ops.backend import BACKENDS, choose
 from minivlm.ops.norms import RMSNorm
 
 
 def test_choice_is_by_name():
-    cpu = torch.device("cpu")
-    assert {name: choose(name, cpu).name for name in BACKENDS} == {name: name for name in BACKENDS}
-    assert choose("auto", cpu) is SDPA
-    with pytest.raises(InputError, match="backend 'fast' is not known, expected auto, reference or sdpa or triton"):
-        choose("fast", cpu)
+    here = torch.device("cpu"), torch.float32
+    assert {name: choose(name, *here).name for name in BACKENDS} == {name: name for name in BACKENDS}
+    with pytest.raises(InputError, match="'fast' is not known, expected auto, reference or sdpa or cpu or triton"):
+        choose("fast", *here)
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
 def test_blocks_equal_float64(backend):
     """norm + projections; then with attention's part added, y, the gated MLP: y + down(silu(gate y) * up y)."""
     torch.manual_seed(0)
-    norm, x, heads = RMSNorm(16, 1e-5), torch.randn(5, 16), torch.randn(5, 12)
-    gate, up, down = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
-    output = nn.Linear(12, 16, bias=False)
+    norm, x, heads = RMSNorm(16, 1e-5).requires_grad_(False), torch.randn(5, 16), torch.randn(5, 12)
+    block = nn.Module()
+    block.gate_proj, block.up_proj = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False)
+    block.down_proj, block.o_proj = nn.Linear(24, 16, bias=False), nn.Linear(12, 16, bias=False)
+    gate, up, down, output = (linear.weight.double() for linear in block.children())
 
     def projected(x):
         unit = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-        return [unit @ linear.weight.double().T for linear in (gate, up)]
+        return [unit @ weight.T for weight in (gate, up)]
 
-    y = x.double() + heads.double() @ output.weight.double().T
+    y = x.double() + heads.double() @ output.T
     gated, lifted = projected(y)
-    expected = (*projected(x.double()), y + (gated / (1 + (-gated).exp()) * lifted) @ down.weight.double().T)
+    expected = (*projected(x.double()), y + (gated / (1 + (-gated).exp()) * lifted) @ down.T)
+    backend.prepare(block)
+    gate, up, down, output = block.children()
     found = (
         *backend.norm_linear(x, norm, (gate, up)),
         backend.decoder_end(x, heads, output, norm, gate, up, down),

@@ -1,0 +1,1 @@
+"""How fast the model runs, beside its physical limit and beside transformers: `minivlm bench`."""

@@ -1,0 +1,79 @@
+"""The machine and its clock: what it is, how fast it reads and multiplies, and medians of interleaved runs."""
+
+import platform
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+SMALL = 0.2  # share of the buffers that the quick form reads and multiplies
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed, and what puts it back to where it began, untimed."""
+
+    run: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+
+
+def interleaved(contenders: Mapping[str, Contender], rounds: int, device: torch.device, warm: int = 2) -> dict:
+    """The median seconds of each, by name. Every round runs all of them once, so that all see the same weather."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warm + rounds):
+        for name, contender in contenders.items():
+            synchronise(device)
+            began = perf_counter()
+            contender.run()
+            synchronise(device)
+            seconds = perf_counter() - began
+            contender.reset()
+            if turn >= warm:
+                times[name].append(seconds)
+    return {name: median(measured) for name, measured in times.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bandwidth(device: torch.device, size: int = 2**30) -> float:
+    """Bytes a second that the device reads: the median of sums over a buffer of `size` bytes."""
+    buffer = torch.ones(size // 4, device=device)
+    return size / interleaved({"": Contender(buffer.sum)}, 7, device)[""]
+
+
+def rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
+    """Operations a second of a square matrix product in this type, two a multiplication."""
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    return 2 * side**3 / interleaved({"": Contender(lambda: left @ right)}, 7, device)[""]
+
+
+def machine(device: torch.device, backend: str) -> dict[str, str]:
+    """What the numbers were measured on."""
+    import transformers
+
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "chip": chip,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "backend": backend,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, its number of cores, and its instructions for matrices."""
+    path, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    text = path.read_text() if path.is_file() else ""
+    if found := re.search(r"model name\s*:\s*(.+)", text):
+        name = found[1]
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if re.search(rf"\b{flag}\b", text)]
+    return ", ".join([name, f"{torch.get_num_threads()} threads", *flags[:1]])
