@@ -8,10 +8,10 @@ import tiny
 import torch
 
 import minivlm
-import minivlm.generate
 from minivlm.answer import Options
 from minivlm.errors import InputError
 from minivlm.generate import Row, collect, generate, new_cache
+from minivlm.ops import backend
 from minivlm.processor import Inputs
 from minivlm.processor.prompts import TEMPLATES
 from minivlm.sampler import Choice, Sampling
@@ -42,7 +42,7 @@ def script(monkeypatch):
     def scripted(logits, samplings, positions, seen, allowed):
         return (Choice(ids.pop(0), -1.0, -1.0, ()),)
 
-    monkeypatch.setattr(minivlm.generate, "sample", scripted)
+    monkeypatch.setattr(backend, "sample", scripted)
     return ids
 
 

@@ -121,7 +121,7 @@ def test_a_question_from_stdin_keeps_all_but_its_last_line_break(run, folder, ty
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "expected a command: generate, chat, parity, train, eval (see minivlm --help)"),
+        ([], "expected a command: generate, chat, parity, train, bench, eval (see minivlm --help)"),
         (["answer"], "invalid choice: 'answer'"),
         (["generate", "--colour"], "minivlm generate: unknown option --colour (see minivlm generate --help)"),
         (["generate", "--temp", "1"], "unknown option --temp"),  # no abbreviations
@@ -178,7 +178,7 @@ def test_bad_input_that_the_model_must_tell(run, folder, arguments, message):
 
 
 def test_weights_that_give_no_numbers_are_one_line(run, tmp_path):
-    broken = minivlm.load(tiny.make_tiny(tmp_path / "tiny"), device="cpu", dtype="float32")
+    broken = minivlm.load(tiny.make_tiny(tmp_path / "tiny"), device="cpu", dtype="float32", backend="sdpa")
     with torch.no_grad():
         broken.model.language_model.lm_head.weight.fill_(3e38)  # finite, but a sum of 32 products is not
     broken.save(tmp_path / "saved")

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minivlm
-import minivlm.generate
 from minivlm.answer import Options
 from minivlm.errors import InputError, NumericError
 from minivlm.generate import Row, StopStrings, Vocabulary, collect, generate, new_cache, parts
+from minivlm.ops import backend
 from minivlm.sampler import Choice, Sampling, sample
 
 KINDS = list(tiny.MODELS)
@@ -290,7 +290,7 @@ def test_the_sampler_is_told_position_and_ids_of_each_row(tiny_of, monkeypatch):
         calls.append(list(zip(positions, [tuple(ids) for ids in seen], strict=True)))
         return sample(logits, samplings, positions, seen, allowed)
 
-    monkeypatch.setattr(minivlm.generate, "sample", spy)
+    monkeypatch.setattr(backend, "sample", spy)
     replies = run(vlm, rows)
     for i, row in enumerate(rows):
         told = [call[i] for call in calls[: len(replies[i].tokens)]]
@@ -301,7 +301,7 @@ def test_the_sampler_is_told_position_and_ids_of_each_row(tiny_of, monkeypatch):
 def test_ids_without_text_are_never_generated(tmp_path):
     """Spare rows of the head and the image placeholder are made the likeliest by far."""
     folder = tiny.make_tiny(tmp_path)
-    vlm = minivlm.load(folder, device="cpu", dtype="float32")
+    vlm = minivlm.load(folder, device="cpu", dtype="float32", backend="sdpa")
     tokens, image_id = (
         vlm.processor.tokenizer.backend.get_vocab_size(),
         vlm.processor.tokenizer.image_token_id,

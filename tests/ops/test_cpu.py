@@ -55,12 +55,12 @@ def requests() -> list[tuple[str, list]]:
 
 
 def test_auto_is_cpu_where_it_can_be():
-    here, cuda = torch.device("cpu"), torch.device("cuda")
+    here, apple = torch.device("cpu"), torch.device("mps")
     assert cpu.missing(torch.float32) is None
     assert choose("auto", here, torch.float32) is CPU
-    assert choose("auto", cuda, torch.float32) is SDPA
-    with pytest.raises(InputError, match="backend cpu: found device cuda, expected cpu"):
-        choose("cpu", cuda, torch.float32)
+    assert choose("auto", apple, torch.float32) is SDPA
+    with pytest.raises(InputError, match="backend cpu: found device mps, expected cpu"):
+        choose("cpu", apple, torch.float32)
 
 
 def test_a_type_without_packed_products_is_refused_by_name():

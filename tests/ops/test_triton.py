@@ -358,25 +358,25 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
     monkeypatch.setattr("minivlm.kernels.checks.interpreted", lambda: False)
     for name in ("cpu", "mps"):
         with pytest.raises(InputError, match=f"backend triton: found device {name}, expected cuda"):
-            choose("triton", torch.device(name))
+            choose("triton", torch.device(name), torch.float32)
 
 
 def test_auto_on_a_gpu(monkeypatch):
     """Hopper gets the kernels; Turing, which they were not made for, PyTorch's; asked for, they are refused."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    assert choose("auto", torch.device("cuda")).name == "triton"
+    assert choose("auto", torch.device("cuda"), torch.float32).name == "triton"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
-    assert choose("auto", torch.device("cuda")).name == "sdpa"
+    assert choose("auto", torch.device("cuda"), torch.float32).name == "sdpa"
     with pytest.raises(InputError, match=r"compute capability 7\.5, expected 8\.0"):
-        choose("triton", torch.device("cuda"))
+        choose("triton", torch.device("cuda"), torch.float32)
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr("minivlm.ops.backend.find_spec", lambda name: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    assert choose("auto", torch.device("cuda")).name == "sdpa"
+    assert choose("auto", torch.device("cuda"), torch.float32).name == "sdpa"
     with pytest.raises(InputError, match="Triton is not installed"):
-        choose("triton", torch.device("cuda"))
+        choose("triton", torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.skipif(not checks.interpreted(), reason="on a GPU bfloat16 is right")
