@@ -2,7 +2,7 @@
 
 A backend is handed to the blocks at construction; they call nothing finer, so there is one decoder and one encoder
 whatever computes them. `reference` is plain PyTorch, the text to read and the oracle of the others; `sdpa` uses
-PyTorch's fused attention and runs on any device; `cpu` (ops/cpu.py) packs the weights for a processor.
+PyTorch's fused attention and runs on any device; `cpu` (ops/cpu.py) arranges the weights for a processor.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,16 +101,16 @@ BACKENDS = {backend.name: backend for backend in (REFERENCE, SDPA, CPU)}
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of that name. `auto` is `cpu` on a CPU that can pack weights of this type, else `sdpa`.
+    """The backend of that name. `auto` is `cpu` on a CPU that can multiply this type as `cpu` does, else `sdpa`.
 
     Raises InputError for an unknown name, and for one that cannot run here, with the reason.
     """
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(BACKENDS)}")
     if name == "auto":
-        return CPU if device.type == "cpu" and cpu.missing(dtype) is None else SDPA
+        return CPU if device.type == "cpu" and cpu.lacks(dtype) is None else SDPA
     if name == "cpu" and device.type != "cpu":
         raise InputError(f"backend cpu: found device {device}, expected cpu")
-    if name == "cpu" and (reason := cpu.missing(dtype)) is not None:
+    if name == "cpu" and (reason := cpu.lacks(dtype)) is not None:
         raise InputError(f"backend cpu: no packed products of {dtype} ({reason}), expected another type or backend")
     return BACKENDS[name]
