@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
@@ -126,7 +125,7 @@ class MistralAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, rope, rows: Rows, seen, cache: KVCache | None) -> Tensor:
         q, k, v = self.backend.norm_linear(x, norm, (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (rearrange(part, "s (h c) -> s h c", c=self.head_dim) for part in (q, k, v))  # [S, H or K, C]
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in (q, k, v))  # [S, H or K, C]
         return self.backend.attention(q, k, v, rope, rows, seen, cache, self.layer)  # [S, H * C]
 
 

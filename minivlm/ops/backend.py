@@ -2,8 +2,8 @@
 
 A backend is handed to the blocks at construction; they call nothing finer, so there is one decoder and one encoder
 whatever computes them. `reference` is plain PyTorch, the text to read and the oracle of the others; `sdpa` uses
-PyTorch's fused attention and runs on any device; `cpu` (cpu.py) packs the weights for a processor; `triton` (triton.py)
-is this project's own kernels.
+PyTorch's fused attention and runs on any device; `cpu` (cpu.py) arranges the weights for a processor; `triton`
+(triton.py) is this project's own kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -185,7 +185,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     """Why a backend cannot run on this device with this type; None if it can."""
     if name == "cpu" and device.type != "cpu":
         return f"found device {device}, expected cpu"
-    if name == "cpu" and (reason := cpu.missing(dtype)) is not None:
+    if name == "cpu" and (reason := cpu.lacks(dtype)) is not None:
         return f"no packed products of {dtype} ({reason}), expected another type or backend"
     return _triton_obstacle(device) if name == "triton" else None
 

@@ -1,13 +1,14 @@
 """The backend `cpu`: the same mathematics with fewer bytes moved and fewer operators called.
 
 - Linear layers that read the same input (q, k, v; gate, up) are one product.
-- Their weights lie in the order in which oneDNN's kernels read them, packed once, after loading. The operators for it
-  are private to PyTorch, so `missing` tries them before the backend is chosen.
+- Which product is fastest depends on the processor, see `packs`. Either the weights lie in the order in which oneDNN's
+  kernels read them, packed once, after loading (the operators for it are private to PyTorch, so `missing` tries them
+  before the backend is chosen); or they stay as they are, and a single row is multiplied as a vector.
 - The query heads of a group stand as query rows, so a step reads a cached key once and not once a query head.
 - Rotary angles are looked up.
 
-Packed weights have no gradient. They are packed module by module and each original is dropped at once, so there is
-never a second copy of the weights; a head that is tied to the embeddings stays plain, as packing would copy it.
+Joined and packed weights have no gradient. They are made module by module and each original is dropped at once, so
+there is never a second copy of the weights; a head that is tied to the embeddings is not packed, which would copy it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from minivlm.errors import InputError
 from minivlm.ops.attention import attend_rows, fused
@@ -25,8 +26,28 @@ from minivlm.ops.rope import rope_table, rotate
 from minivlm.ops.rows import Rows
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one module that read the same input
-ROWS = 1024  # what oneDNN is told of the number of rows, when it chooses an order; the order serves any number
+ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of 16-bit numbers (Intel's AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def packs() -> bool:
+    """Whether packed weights are the faster ones here: everywhere but on Intel's processors with AMX.
+
+    GB/s of weights that one thread reads for one row, as F.linear / packed / vector, bfloat16 and float32:
+    Intel with AMX 11.6 / 10.8 / 13.2 and 15.2 / 13.3 / 15.3; AMD Zen 5 17 / 29 / 12 and 22 / 28 / not measured.
+    """
+    return not has_tiles()
+
+
+def lacks(dtype: torch.dtype) -> str | None:
+    """Why this backend cannot compute in a type here, or None."""
+    return missing(dtype) if packs() else None
 
 
 @cache
@@ -45,7 +66,7 @@ def missing(dtype: torch.dtype) -> str | None:
 
 def _reordered(weight: Tensor) -> Tensor:
     """weight [N, K] in oneDNN's order: an opaque tensor of the same shape and size."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,87 +74,97 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-# ---- packed linear layers
+def _vector_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [.., K] by weight [N, K] -> [.., N]; a single row as a vector, but in float16, where that is slower."""
+    if x.numel() != x.shape[-1] or x.dtype == torch.float16:
+        return linear(x, weight, bias)
+    vector = x.reshape(-1)
+    out = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+    return out.view(*x.shape[:-1], -1)
+
+
+# ---- joined linear layers
 
 
 class Group(nn.Module):
     """Linear layers of one input as one product, their weights one above the other: [N_1 + N_2 + .., K]."""
 
-    def __init__(self, linears: Sequence[nn.Linear]):
+    def __init__(self, linears: Sequence[nn.Linear], packed: bool):
         super().__init__()
-        self.sizes = [linear.out_features for linear in linears]
-        weights = [linear.weight.detach() for linear in linears]
+        self.packed, self.sizes = packed, [linear.out_features for linear in linears]
+        weight = _joined([linear.weight for linear in linears])
+        self.weight = nn.Parameter(_reordered(weight), requires_grad=False) if packed else weight
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.packed = nn.Parameter(_reordered(_joined(weights)), requires_grad=False)
-        self.bias = nn.Parameter(_joined([bias.detach() for bias in biases]), requires_grad=False) if biases else None
+        self.bias = _joined(biases) if biases else None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            raise InputError("backend cpu: its packed weights have no gradients, expected sdpa or reference to train")
-        return _product(x, self.packed, self.bias)
+            raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
+        return _product(x, self.weight, self.bias) if self.packed else _vector_product(x, self.weight, self.bias)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Nothing: the layers save their own weights, under the checkpoint's names."""
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def _joined(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One alone stays the parameter that it is; several become one of their rows."""
+    if len(parameters) == 1:
+        return parameters[0]
+    return nn.Parameter(torch.cat([parameter.detach() for parameter in parameters]), requires_grad=False)
 
 
-class PackedLinear(nn.Module):
-    """What stands in the place of an nn.Linear: layer number `index` of a group. `weight` is unpacked when read."""
+class GroupedLinear(nn.Module):
+    """What stands in the place of an nn.Linear: layer number `index` of a group."""
 
     def __init__(self, group: Group, index: int):
         super().__init__()
         self.group, self.index = group, index
-        self.out_features, self.in_features = group.sizes[index], group.packed.shape[1]
+        self.out_features, self.in_features = group.sizes[index], group.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.group(x).split(self.group.sizes, dim=-1)[self.index]
+        out = self.group(x)
+        return out if len(self.group.sizes) == 1 else out.split(self.group.sizes, dim=-1)[self.index]
 
     @property
     def weight(self) -> Tensor:
-        """A copy [N, K] in the usual order, bit for bit what was packed."""
-        return self.group.packed.to_dense().split(self.group.sizes)[self.index].clone()
+        """[N, K] in the usual order, bit for bit what was loaded; a copy where it was packed or joined."""
+        if not self.group.packed and len(self.group.sizes) == 1:
+            return self.group.weight
+        weight = self.group.weight.to_dense() if self.group.packed else self.group.weight
+        return weight.split(self.group.sizes)[self.index].clone()
 
     @property
     def bias(self) -> Tensor | None:
         """[N]"""
-        return None if self.group.bias is None else self.group.bias.split(self.group.sizes)[self.index]
+        return None if self.group.bias is None else self.group.bias.split(self.group.sizes)[self.index].clone()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self.weight.detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias
 
 
 def prepare(model: nn.Module) -> None:
-    """Pack every linear layer of a loaded model, but for a head that is its embedding."""
+    """Join, and where that is faster pack, the linear layers of a loaded model."""
+    packed = packs()
     model.requires_grad_(False)
-    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in list(model.modules()):
-        plain = [
-            name
-            for name, child in module.named_children()
-            if isinstance(child, nn.Linear) and id(child.weight) not in shared
-        ]
+        plain = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
         groups = [names for names in GROUPS if set(names) <= set(plain)]
-        grouped = {name for names in groups for name in names}
-        for names in (*groups, *((name,) for name in plain if name not in grouped)):
-            _pack(module, names)
-
-
-def _pack(module: nn.Module, names: Sequence[str]) -> None:
-    group = Group([module.get_submodule(name) for name in names])
-    for index, name in enumerate(names):
-        setattr(module, name, PackedLinear(group, index))
+        joined = {name for names in groups for name in names}
+        for names in (*groups, *((name,) for name in plain if name not in joined)):
+            tied = id(plain[names[0]].weight) in embeddings
+            group = Group([plain.pop(name) for name in names], packed and not tied)
+            for index, name in enumerate(names):
+                setattr(module, name, GroupedLinear(group, index))
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model by its name, once; packed ones are unpacked one at a time."""
+    """Every weight of a model by its name, once, in the usual order; joined ones are taken apart one at a time."""
     seen = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, GroupedLinear):
             values = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
         elif isinstance(module, Group):
             continue
@@ -168,16 +199,16 @@ def _norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 def _project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     first = linears[0]
-    if isinstance(first, PackedLinear):
+    if isinstance(first, GroupedLinear):
         return first.group(x).split(first.group.sizes, dim=-1)
-    return tuple(linear(x) for linear in linears)  # a model that was not prepared
+    return tuple(layer(x) for layer in linears)  # a model that was not prepared
 
 
 def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
     """cos and sin for the packed positions, two tensors [S, 1, C], from a table that doubles when outgrown."""
     needed = max(start + n for start, n in zip(rows.starts, rows.lengths, strict=True))
     size = max(FIRST_POSITIONS, 1 << (needed - 1).bit_length())
-    cos, sin = _rope_rows(size, head_dim, theta, dtype)  # [size, 1, C]
+    cos, sin = _rope_rows(size, head_dim, theta, dtype, torch.is_inference_mode_enabled())  # [size, 1, C]
     if len(rows.lengths) == 1 and len(rows.segments[0]) == 1:
         return cos[rows.starts[0] : needed], sin[rows.starts[0] : needed]
     positions = rows.positions(device)
@@ -185,9 +216,9 @@ def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) ->
 
 
 @lru_cache(maxsize=4)
-def _rope_rows(size: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # a table made while generating must serve a backward pass too
-        return rope_table(torch.arange(size, device="cpu"), head_dim, theta, dtype)
+def _rope_rows(size: int, head_dim: int, theta: float, dtype: torch.dtype, inference: bool) -> tuple[Tensor, Tensor]:
+    """inference: only keeps apart the tensors that a backward pass cannot use."""
+    return rope_table(torch.arange(size, device="cpu"), head_dim, theta, dtype)
 
 
 def attention(
@@ -204,7 +235,7 @@ def attention(
     q, k = rotate(q, *angles), rotate(k, *angles)
     if cache is None or max(rows.lengths) > 1:
         return attend_rows(fused, q, k, v, rows, seen, cache, layer)
-    single = _single_by_products if q.dtype != torch.float32 and not _has_tiles() else _single_by_sdpa
+    single = _single_by_products if q.dtype != torch.float32 and packs() else _single_by_sdpa
     outputs = []
     for row, (slot, start) in enumerate(zip(rows.slots, rows.starts, strict=True)):
         keys, values = cache.write(layer, slot, start, k[row, :, None], v[row, :, None])  # [K, start + 1, C]
@@ -212,12 +243,6 @@ def attention(
         out = single(q[row].view(k.shape[1], -1, q.shape[2]), keys[:, look.lo :], values[:, look.lo :])  # [K, H/K, C]
         outputs.append(out.reshape(1, -1))  # [1, H * C]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-@cache
-def _has_tiles() -> bool:
-    """Whether the processor multiplies tiles of 16-bit numbers (Intel's AMX)."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def _single_by_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

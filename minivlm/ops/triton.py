@@ -20,7 +20,7 @@ from minivlm.kernels.activations import gelu, quick_gelu, swiglu
 from minivlm.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from minivlm.kernels.skinny import MOST_ROWS, plain_skinny_linear, skinny_linear
 from minivlm.ops import activations
-from minivlm.ops.backend import Backend
+from minivlm.ops.backend import Backend, rope
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.triton_attention import attention, sight, vision_attention
 from minivlm.ops.triton_decoding import decoding
@@ -149,5 +149,6 @@ TRITON = Backend(
     encoder_end=encoder_end,
     decoding=decoding,
     sampler=sampler,
+    rope=rope,
     prepare=pack,
 )

@@ -41,6 +41,13 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
 }
 
 
+@pytest.fixture(params=["packed", "as vectors"], autouse=True)
+def form(request, monkeypatch):
+    """Both forms of the products, whichever this processor is given."""
+    monkeypatch.setattr(cpu, "packs", lambda: request.param == "packed")
+    return request.param
+
+
 def both(folder, dtype) -> tuple[minivlm.Pipeline, minivlm.Pipeline]:
     """A checkpoint with the backend `cpu` and with `reference`."""
     packed, plain = (minivlm.load(folder, device="cpu", dtype=dtype, backend=name) for name in ("cpu", "reference"))
@@ -54,6 +61,11 @@ def requests() -> list[tuple[str, list]]:
 # ---- the choice
 
 
+def test_the_faster_form_is_chosen_by_the_processor(monkeypatch):
+    monkeypatch.undo()
+    assert cpu.packs() is not torch.cpu._is_amx_tile_supported()
+
+
 def test_auto_is_cpu_where_it_can_be():
     here, apple = torch.device("cpu"), torch.device("mps")
     assert cpu.missing(torch.float32) is None
@@ -63,9 +75,12 @@ def test_auto_is_cpu_where_it_can_be():
         choose("cpu", apple, torch.float32)
 
 
-def test_a_type_without_packed_products_is_refused_by_name():
+def test_a_type_without_packed_products_is_refused_by_name(form):
     """float64 stands for what a processor lacks, as older ones lack float16."""
     here = torch.device("cpu")
+    if form != "packed":
+        assert choose("auto", here, torch.float64) is CPU
+        return
     assert choose("auto", here, torch.float64) is SDPA
     with pytest.raises(InputError, match=r"backend cpu: no packed products of torch\.float64 \(.+\)"):
         choose("cpu", here, torch.float64)
@@ -128,7 +143,7 @@ def test_gradients_are_refused_and_not_lost(tiny_of):
     inputs = tiny_of("llava").vlm.inputs("hi")
     assert not model([inputs]).requires_grad
     model.requires_grad_(True)
-    with pytest.raises(InputError, match="backend cpu: its packed weights have no gradients, expected sdpa or ref"):
+    with pytest.raises(InputError, match="backend cpu: its joined weights have no gradients, expected sdpa or ref"):
         model([inputs])
 
 
