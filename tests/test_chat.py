@@ -11,7 +11,6 @@ import minivlm
 from minivlm.answer import Options
 from minivlm.errors import InputError
 from minivlm.generate import Row, collect, generate, new_cache
-from minivlm.ops import backend
 from minivlm.processor import Inputs
 from minivlm.processor.prompts import TEMPLATES
 from minivlm.sampler import Choice, Sampling
@@ -35,14 +34,15 @@ def with_template(vlm: minivlm.Pipeline, template: str) -> minivlm.Pipeline:
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(vlm, monkeypatch):
     """A list of ids that are answered next, whatever the logits; the model computes as ever."""
     ids: list[int] = []
 
-    def scripted(logits, samplings, positions, seen, allowed):
+    def scripted(logits, samplings, positions, seen):
         return (Choice(ids.pop(0), -1.0, -1.0, ()),)
 
-    monkeypatch.setattr(backend, "sample", scripted)
+    decoder = vlm.model.language_model
+    monkeypatch.setattr(decoder, "backend", dataclasses.replace(decoder.backend, sampler=lambda allowed: scripted))
     return ids
 
 

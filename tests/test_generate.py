@@ -17,8 +17,7 @@ import minivlm
 from minivlm.answer import Options
 from minivlm.errors import InputError, NumericError
 from minivlm.generate import Row, StopStrings, Vocabulary, collect, generate, new_cache, parts
-from minivlm.ops import backend
-from minivlm.sampler import Choice, Sampling, sample
+from minivlm.sampler import Choice, Sampling
 
 KINDS = list(tiny.MODELS)
 GREEDY = Sampling()
@@ -286,11 +285,17 @@ def test_the_sampler_is_told_position_and_ids_of_each_row(tiny_of, monkeypatch):
     rows = rows_of(vlm, requests()[:2], limit=4)
     calls = []
 
-    def spy(logits, samplings, positions, seen, allowed):
-        calls.append(list(zip(positions, [tuple(ids) for ids in seen], strict=True)))
-        return sample(logits, samplings, positions, seen, allowed)
+    decoder = vlm.model.language_model
+    backend = decoder.backend
 
-    monkeypatch.setattr(backend, "sample", spy)
+    def spied(allowed):
+        def spy(logits, samplings, positions, seen):
+            calls.append(list(zip(positions, [tuple(ids) for ids in seen], strict=True)))
+            return backend.sampler(allowed)(logits, samplings, positions, seen)
+
+        return spy
+
+    monkeypatch.setattr(decoder, "backend", dataclasses.replace(backend, sampler=spied))
     replies = run(vlm, rows)
     for i, row in enumerate(rows):
         told = [call[i] for call in calls[: len(replies[i].tokens)]]

@@ -92,7 +92,7 @@ def test_intervals_are_what_rows_say(rows, window):
 # ---- whole models, without a cache
 
 
-@pytest.mark.parametrize("kind", tiny.MODELS)
+@pytest.mark.parametrize("kind", ("next-mistral", "llava"))
 def test_logits_equal_reference(kind, tiny_of, device):
     ours, plain = pair_of(tiny_of(kind).folder, device)
     rows = three_rows(plain)
@@ -158,8 +158,7 @@ def steps(vlm: minivlm.Pipeline, rows: Sequence[Inputs], chunk: int, count: int)
     return ids, torch.stack(logits)
 
 
-@pytest.mark.parametrize("chunk", (7, 1000))
-@pytest.mark.parametrize("window", (None, 6))
+@pytest.mark.parametrize(("window", "chunk"), [(6, 7), (None, 1000)])
 def test_generation_equals_reference(window, chunk, device, tmp_path):
     folder = tiny.make_tiny(tmp_path, "next-mistral", text={"sliding_window": window})
     ours, plain = pair_of(folder, device)
@@ -169,22 +168,10 @@ def test_generation_equals_reference(window, chunk, device, tmp_path):
     check(logits, truth)
 
 
-@pytest.mark.parametrize("dtype", LOW)
-def test_generation_in_16_bits(dtype, tiny_of, device):
-    """Rows longer than a block of keys, so that the cache is read in several runs."""
-    ours, plain = pair_of(tiny_of("next-mistral").folder, device, dtype)
-    rows = [inputs_of(plain, [(24, 24), (24, 24), (24, 24)], "the cat " * 20), inputs_of(plain, [(7, 7)])]
-    (ids, found), (same, rounded) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
-    plain.model.float()
-    truly, exact = steps(plain, rows, 1000, 3)
-    assert ids == same == truly
-    check(found, rounded, exact)
-
-
 @pytest.mark.parametrize("shape", [(8, 1), (8, 8), (6, 3)])
 def test_heads_in_groups_of_any_number(shape, device, tmp_path):
     heads, kv_heads = shape
-    text = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 24}
+    text = {"hidden_size": 48, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 24}
     ours, plain = pair_of(tiny.make_tiny(tmp_path, "next-llama", text=text), device)
     rows = [inputs_of(plain, [], "the cat is red"), inputs_of(plain, [], "what")]
     (found, logits), (expected, truth) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
@@ -242,14 +229,13 @@ def test_a_position_beyond_the_cache_is_an_error(tiny_of, device):
         model(torch.zeros(2, 32, device=device), Rows.causal([2], [8]), model.new_cache(1, 9))
 
 
-@pytest.mark.parametrize("pictures", (0, 1))
-def test_the_shipped_checkpoints_answer(pictures, device):
+def test_the_shipped_checkpoints_answer(device):
     """At its own sizes: attention over several blocks of keys, products whose inner dimension is cut."""
     picture = Image.new("RGB", (96, 96), (20, 60, 200))
     answers = []
     for name in ("triton", "reference"):
         vlm = minivlm.load(device=device, dtype="float32", backend=name)
-        answers.append(vlm.generate("How many shapes are there?", [picture] * pictures, max_new_tokens=3).tokens)
+        answers.append(vlm.generate("How many shapes are there?", [picture], max_new_tokens=2).tokens)
     found, expected = answers
     assert [token.id for token in found] == [token.id for token in expected]
     assert [token.logprob for token in found] == pytest.approx([token.logprob for token in expected], abs=1e-4)
@@ -268,20 +254,22 @@ def forced(decoder: MistralDecoder, backend: Backend, ids: Tensor, prompt: int) 
     return decoder.logits(torch.cat(hidden)).float()
 
 
-def test_random_weights_agree_on_the_best_id(device):
+@pytest.mark.parametrize("dtype", LOW)
+def test_random_weights_agree_on_the_best_id(dtype, device):
     """Wherever the two best logits differ by more than twice the error of plain PyTorch: on a GPU at the widths of
-    Mistral 7B, on a CPU at small ones. Each id is given, so no difference is carried on."""
+    Mistral 7B, on a CPU at small ones. Each id is given, so no difference is carried on. Behind the prompt a step
+    reads the cache in more than one run of keys."""
     large = device.type == "cuda"
-    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 300}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": None}
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "sliding_window": None}
     if large:
         sizes |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "vocab_size": 32064}
         sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     torch.manual_seed(0)
     with torch.device("meta"):
         decoder = MistralDecoder(MistralConfig.from_hf({"model_type": "mistral", **sizes}, "test"), REFERENCE)
-    decoder = decoder.bfloat16().to_empty(device=device)
-    ids = torch.randint(sizes["vocab_size"], (600 if large else 24,), device=device)
+    decoder = decoder.to(dtype).to_empty(device=device)
+    ids = torch.randint(sizes["vocab_size"], (600 if large else 150,), device=device)
     with torch.inference_mode():
         for name, parameter in decoder.named_parameters():
             if "norm" in name:
