@@ -122,6 +122,9 @@ def load(
     generation_values = read_json(folder / "generation_config.json")
     generation = GenerationDefaults.from_hf(generation_values, values, str(folder))
     stored = find_tensors(folder)
+    layers = config.text.num_hidden_layers + config.vision.num_hidden_layers
+    if layers > len(stored):  # a config.json that asks for 10**9 layers would be built for hours before it failed
+        raise InputError(f"{folder / 'config.json'}: asks for {layers} layers, the files hold {len(stored)} tensors")
     with torch.device("meta"):
         model = VLM(config, backend)
     sources, ignored = account(model, stored, folder)

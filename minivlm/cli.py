@@ -29,8 +29,7 @@ from minivlm.processor.prompts import question_to_messages
 from minivlm.shards import one_line
 from minivlm.terminal import dialogue, say, show, utf8
 from minivlm.train import recipe
-from minivlm.train.run import train
-from minivlm.train.state import read_progress
+from minivlm.train.run import standing, train
 
 SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "Describe the picture."
 FAILED, INTERRUPTED, NO_READER = 1, 130, 141
@@ -151,7 +150,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise InputError(f"{name}: found {value}, expected at least 0")
     device = choose_device(arguments.device)
     stages = recipe.SMALL_STAGES if arguments.small else recipe.STAGES
-    progress = read_progress(arguments.out)
+    progress = standing(arguments.out, stages)
     if progress is not None:
         say(f"{arguments.out}: continues after step {progress.step} of stage {progress.stage}")
     try:

@@ -263,5 +263,12 @@ def test_image_newline_has_no_place_in_llava_15(tiny_of, tmp_path):
     refused(spoiled(tiny_of, tmp_path, "llava", image_newline=torch.zeros(32)), "unexpected tensor image_newline")
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_built(tiny_of, tmp_path):
+    folder = copy_of(tiny_of("next-mistral").folder, tmp_path / "copy")
+    text = json.loads((folder / "config.json").read_text())["text_config"] | {"num_hidden_layers": 10**9}
+    edit_config(folder, text_config=text)
+    refused(folder, "config.json: asks for", "layers, the files hold")
+
+
 def test_unknown_dtype(tiny_of):
     refused(tiny_of("llava").folder, "dtype 'int4'", "bfloat16", dtype="int4")

@@ -166,6 +166,7 @@ def test_bad_input_is_one_line_and_status_2(run, arguments, message):
         (["generate", "hi", "--max-new-tokens", "9999"], "max_new_tokens: found 9999 after a prompt of"),
         (["generate", "<image> hi", "--raw"], "1 <image> for 0 pictures, expected one each"),
         (["parity", "--tokens", "0"], "tokens: found 0, expected at least 1"),
+        (["eval", "--seed", "-1"], "seed: found -1, expected at least 0"),
         (["eval", "--count", "0"], "count: found 0, expected at least 1"),
     ],
 )

@@ -85,6 +85,7 @@ def test_no_true_answer_is_cut_off(tiny_of):
         ((["smell"], 1), "unknown kind of question 'smell'"),
         ((["shape"], 1, "crayon"), "unknown renderer 'crayon'"),
         ((["shape"], 0), "count: found 0, expected at least 1"),
+        ((["shape"], 1, SCENE, -1), "seed: found -1, expected at least 0"),
         ((["shape"], 1, SCENE, 0, 0), "batch: found 0, expected at least 1"),
     ],
 )

@@ -68,9 +68,9 @@ def evaluate(
 
     The batch is a matter of speed and memory only. Raises InputError for an unknown kind or renderer.
     """
-    for name, number in (("count", count), ("batch", batch)):
-        if number < 1:
-            raise InputError(f"{name}: found {number}, expected at least 1")
+    for name, number, least in (("count", count, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        if number < least:
+            raise InputError(f"{name}: found {number}, expected at least {least}")
     answers = []
     with tqdm(desc=f"eval, {renderer}", total=count * len(kinds), unit="question", delay=1, leave=False) as bar:
         for kind in kinds:

@@ -114,9 +114,9 @@ def _read_data_uri(uri: str, name: str) -> bytes:
 
 def _read_url(url: str, name: str) -> bytes:
     deadline = time.monotonic() + URL_DEADLINE
-    request = urllib.request.Request(url, headers={"User-Agent": "minivlm"})
     parts, size = [], 0
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "minivlm"})
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
             while part := response.read1(2**16):
                 parts.append(part)

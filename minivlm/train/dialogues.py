@@ -1,4 +1,4 @@
-"""Questions and answers about pictures as training rows, and their loss: for every stage but the encoder's.
+"""Questions and answers about pictures as training rows, and their loss: for the stages after the encoder's.
 
 All questions about one picture share its image tokens: a row is one prefix followed by a segment per question, which
 sees the prefix and itself (ops/rows.py). That equals a row per question, at a fraction of the cost. The prompts are

@@ -1,4 +1,4 @@
-"""Stage 0a: a vision tower that sees, trained to name what every patch of a drawn page shows.
+"""Stages "encoder" and "places": a vision tower that sees, trained to name what every patch of a drawn page shows.
 
 A published LLaVA starts from CLIP's tower; where none can be downloaded this dense supervision replaces it. First the
 box of a patch's object is told relative to the patch, which is easy to learn; then as places in the tile, each one of
@@ -135,6 +135,6 @@ class EncoderStage:
         return patch_loss(self.tower, self.heads, batch, len(self.tower.encoder.layers), self.in_tile)
 
     def held_out(self) -> dict[str, float]:
-        """Loss and patch accuracies on pages that no step draws."""
+        """Loss and patch accuracies on pages that no step draws (their strings are the training split's)."""
         with torch.no_grad():
             return mean_report(self.loss(self.pages(HELD_OUT_PAGES, i)) for i in range(HELD_OUT_BATCHES))

@@ -52,7 +52,7 @@ CONFIG = {
 }
 
 ENCODER = Stage("encoder", ("vlm.vision_tower.", "heads."), steps=2000, batch=128, lr=2e-3, warmup=100)
-PLACES = Stage("places", ENCODER.trains, steps=500, batch=128, lr=1e-3, warmup=50)
+PLACES = Stage("places", ENCODER.trains, steps=1500, batch=128, lr=2e-3, warmup=50)
 _PROJECTOR = ("vlm.multi_modal_projector.", "vlm.image_newline")
 _ALL = (*_PROJECTOR, "vlm.language_model.")
 DECODER = Stage("decoder", _ALL, steps=500, batch=24, lr=2e-3, warmup=50)

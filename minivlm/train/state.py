@@ -7,6 +7,7 @@ state with the same batches and the same loss curve, because a batch is a functi
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
+
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,16 @@ class Progress:
     step: int
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether a run can begin here: nothing is there, an empty folder, or what a first state cut short has left."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_unfinished(folder / STATE).name}
+
+
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path), flush to disk, then rename: readers see the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = _unfinished(path)
     write(temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -46,12 +56,12 @@ def save_state(
             for name, value in moments.items():
                 tensors[f"optimizers.{i}.{parameter}.{name}"] = torch.as_tensor(value).contiguous()
     metadata = {"recipe": progress.recipe, "stage": progress.stage, "step": str(progress.step)}
-    write_atomically(folder / "state.safetensors", lambda path: save_file(tensors, path, metadata))
+    write_atomically(folder / STATE, lambda path: save_file(tensors, path, metadata))
 
 
 def read_progress(folder: Path) -> Progress | None:
     """Where the run in this folder stands; None where none was started. Raises InputError for a damaged state."""
-    path = folder / "state.safetensors"
+    path = folder / STATE
     if not path.exists():
         return None
     try:
@@ -61,19 +71,19 @@ def read_progress(folder: Path) -> Progress | None:
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); delete it to begin anew") from None
     if not {"recipe", "stage", "step"} <= metadata.keys():
         raise InputError(f"{path}: not the state of a training run")
+    if not metadata["step"].isdecimal():
+        raise InputError(f"{path}: step {metadata['step']!r} is not a number; delete it to begin anew")
     return Progress(metadata["recipe"], metadata["stage"], int(metadata["step"]))
 
 
 def load_modules(folder: Path, modules: nn.ModuleDict) -> None:
     """Fill `modules` from the run's state; raises InputError where names or shapes differ."""
-    with safe_open(folder / "state.safetensors", "pt") as file:
+    with safe_open(folder / STATE, "pt") as file:
         found = {name for name in file.keys() if name.startswith("modules.")}  # noqa: SIM118 (not a dict)
         wanted = _unique(modules)
         if found != {f"modules.{name}" for name in wanted}:
             differing = sorted(found ^ {f"modules.{name}" for name in wanted})
-            raise InputError(
-                f"{folder / 'state.safetensors'}: parameters differ from the recipe's, first {differing[0]}"
-            )
+            raise InputError(f"{folder / STATE}: parameters differ from the recipe's, first {differing[0]}")
         for name, parameter in wanted.items():
             parameter.data.copy_(file.get_tensor(f"modules.{name}"))
 
@@ -81,7 +91,7 @@ def load_modules(folder: Path, modules: nn.ModuleDict) -> None:
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
     """Fill the optimisers' moments from the run's state."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    with safe_open(folder / "state.safetensors", "pt") as file:
+    with safe_open(folder / STATE, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a dict)
             if key.startswith("optimizers."):
                 _, i, parameter, name = key.split(".")
@@ -96,12 +106,28 @@ def append_log(folder: Path, entry: dict) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def truncate_log(folder: Path, keep) -> None:
-    """Keep only the log lines of steps before the state that is resumed, so no step is reported twice."""
+def truncate_log(folder: Path, keep: Callable[[str, int], bool]) -> None:
+    """Keep only the log lines that `keep(stage, step)` wants, so no step is reported twice.
+
+    A last line cut short, as a killed run leaves it, is dropped; any other that is no report is an InputError.
+    """
     path = folder / "log.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if keep(json.loads(line))]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
+    if not path.exists():
+        return
+    lines, kept = path.read_text(errors="replace").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if keep(entry["stage"], entry["step"]):
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise InputError(f"{path}: line {number} is not a report of this run's") from None
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _unique(modules: nn.ModuleDict) -> dict[str, Tensor]:

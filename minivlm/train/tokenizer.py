@@ -9,7 +9,6 @@ Coordinates are merges and not added tokens: the legacy normalizer would put a s
 import re
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
@@ -66,8 +65,8 @@ def chained_merges(texts: list[str]) -> list[Merge]:
     return list(dict.fromkeys((text[:end], text[end]) for text in texts for end in range(1, len(text))))
 
 
-def build_tokenizer(path: Path) -> Tokenizer:
-    """Write tokenizer.json to `path` and return the tokenizer: the same bytes each time.
+def build_tokenizer() -> Tokenizer:
+    """The tokenizer of the small world: saved, the same bytes each time.
 
     Ids: <unk> <s> </s>, 256 byte tokens, the space mark and printable ASCII, merges, then <image> and <pad>.
     """
@@ -89,5 +88,4 @@ def build_tokenizer(path: Path) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    tokenizer.save(str(path))
     return tokenizer

@@ -4,7 +4,7 @@ A scene is a pure function of (split, index, seed); it knows nothing of pixels d
 (questions.py). Nothing is stored: the same three numbers give the same scene anywhere.
 
 Printed strings are all letters or all digits, never mixed, so that O and 0, I and 1 are told apart by their
-neighbours; O, I, 0 and 1 are never printed alone. A string of two or more characters is held out when
+neighbours; in scenes O, I, 0 and 1 are never printed alone. A string of two or more characters is held out when
 crc32(string) is divisible by 5: split "train" never prints one, split "test" prints nothing else.
 """
 

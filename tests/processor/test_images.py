@@ -188,6 +188,7 @@ BAD = {
     "a data URI that is not base64": ("data:image/png;base64,@@@@", "not valid base64"),
     "a data URI that is no picture": ("data:text/plain,hello", "not a picture"),
     "a URL without a host": ("http://", "cannot be fetched"),
+    "a URL whose host has no end": ("http://[::1", "cannot be fetched"),
     "a URL that nobody serves": ("http://127.0.0.1:9/a.png", "cannot be fetched"),
 }
 

@@ -11,8 +11,8 @@ from minivlm.train.dialogues import IGNORE, Dialogues, answer_weights, dialogue_
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    return run.new_processor(tmp_path_factory.mktemp("tokenizer"))
+def processor():
+    return run.new_processor()
 
 
 @pytest.fixture(scope="module")

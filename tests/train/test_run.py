@@ -1,11 +1,13 @@
 """A training run: killed and resumed it follows the same curve, and its checkpoint loads everywhere."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import minivlm
 from minivlm.errors import InputError, NumericError
@@ -75,6 +77,43 @@ def test_another_recipe_is_refused(finished):
         train(finished, (replace(SMALL[0], lr=1.0), *SMALL[1:]))
 
 
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
+    """A run that begins writes over nobody's files, whatever their names."""
+    for name in ("tokenizer.json", "log.jsonl", "notes.txt"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(InputError, match="holds no training run"):
+            train(folder)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine")]
+    with pytest.raises(InputError, match="not an empty folder"):
+        train(tmp_path / "notes" / "notes.txt")
+
+
+def test_a_run_killed_while_it_wrote_its_first_state_begins(tmp_path):
+    (tmp_path / ".state.safetensors.part").write_bytes(b"half")
+    assert run.standing(tmp_path, SMALL) is None
+
+
+def test_a_log_line_cut_short_is_dropped_and_another_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "log.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"stage": "tu')
+    train(tmp_path / "run")
+    assert path.read_text() == whole
+    path.write_text("half\n" + whole)
+    with pytest.raises(InputError, match="line 1 is not a report"):
+        train(tmp_path / "run")
+
+
+def test_a_state_without_a_number_of_steps_is_refused(tmp_path):
+    metadata = {"recipe": "x", "stage": "tune", "step": "many"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "state.safetensors", metadata)
+    with pytest.raises(InputError, match="step 'many' is not a number"):
+        train(tmp_path)
+
+
 def test_the_checkpoint_loads_here_and_in_transformers(finished):
     folder = finished / "checkpoint"
     ours = minivlm.load(folder, backend="reference")
@@ -88,7 +127,7 @@ def test_the_checkpoint_loads_here_and_in_transformers(finished):
 
 def test_a_stage_moves_only_what_it_trains(tmp_path):
     """Stage by stage, the parameters that changed are exactly those the recipe names."""
-    processor = run.new_processor(tmp_path)
+    processor = run.new_processor()
     for stage in SMALL:
         modules, working = run.new_modules(processor), run.new_modules(processor).to(torch.bfloat16)
         before = {name: parameter.clone() for name, parameter in modules.named_parameters()}
@@ -102,7 +141,7 @@ def test_a_stage_moves_only_what_it_trains(tmp_path):
 
 def test_untrained_attention_attends_to_what_is_alike(tmp_path):
     """Without rotary angles, a query's best key among random vectors is its own: in every head of every layer."""
-    vlm = run.new_modules(run.new_processor(tmp_path))["vlm"]
+    vlm = run.new_modules(run.new_processor())["vlm"]
     vectors = torch.randn(64, vlm.config.text.hidden_size)
     for layer in vlm.language_model.layers:
         attention = layer.self_attn
@@ -115,7 +154,7 @@ def test_untrained_attention_attends_to_what_is_alike(tmp_path):
 
 def test_the_projectors_stage_begins_with_a_new_projector(finished, tmp_path):
     """LLaVA's first stage aligns an untrained projector, whatever the decoder was warmed up with."""
-    processor = run.new_processor(tmp_path)
+    processor = run.new_processor()
     untrained, modules = run.new_modules(processor), run.new_modules(processor)
     load_modules(finished, modules)
     run.renew(modules, recipe.PROJECTOR.renews, processor)
@@ -127,7 +166,7 @@ def test_the_projectors_stage_begins_with_a_new_projector(finished, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    processor = run.new_processor(tmp_path)
+    processor = run.new_processor()
     modules, working = run.new_modules(processor), run.new_modules(processor).to(torch.bfloat16)
     decoder = next(stage for stage in SMALL if stage.name == "decoder")
     task = run.task_of(decoder, working, processor)

@@ -18,7 +18,7 @@ from minivlm.train.world import scene
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    build_tokenizer(path)
+    build_tokenizer().save(str(path))
     return path
 
 
@@ -28,7 +28,7 @@ def tokenizer(path):
 
 
 def test_another_process_writes_the_same_bytes(path, tmp_path):
-    code = "import sys; from minivlm.train.tokenizer import build_tokenizer; build_tokenizer(sys.argv[1])"
+    code = "import sys; from minivlm.train.tokenizer import build_tokenizer; build_tokenizer().save(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "again.json")], check=True)
     again = (tmp_path / "again.json").read_bytes()
     assert hashlib.sha256(again).digest() == hashlib.sha256(path.read_bytes()).digest()
