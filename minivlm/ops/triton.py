@@ -78,21 +78,18 @@ def _multiplies_bfloat16() -> bool:
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """Normalise x [.., D] and project it by each of the linears, in one product where their weights are joined."""
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    biased = biases[0] is not None
-    weight = joined(weights)
-    bias = joined(biases) if biased and weight is not None else None
+    """Normalise x [.., D] and project it by each of the linears, whose weights make one product."""
+    biased = linears[0].bias is not None
+    weight = joined([linear.weight for linear in linears])
+    bias = joined([linear.bias for linear in linears]) if biased else None
     if weight is None or (biased and bias is None):
-        parts = [(w, b, len(w)) for w, b in zip(weights, biases, strict=True)]
-    else:
-        parts = [(weight, bias, [len(w) for w in weights])]
+        unit = _normalised(x, norm)
+        return tuple(linear(unit) for linear in linears)
     if _few(x) and isinstance(norm, RMSNorm) and not biased:
-        products = [skinny_linear(x, w, None, norm.weight, norm.eps, None, False) for w, _, _ in parts]
+        y = skinny_linear(x, weight, None, norm.weight, norm.eps, None, False)
     else:
-        x = _normalised(x, norm)
-        products = [product(x, w, b) for w, b, _ in parts]
-    return tuple(part for y, (_, _, sizes) in zip(products, parts, strict=True) for part in y.split(sizes, dim=-1))
+        y = product(_normalised(x, norm), weight, bias)
+    return y.split([linear.out_features for linear in linears], dim=-1)
 
 
 def decoder_end(
@@ -100,13 +97,9 @@ def decoder_end(
 ) -> Tensor:
     """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
     gate_up = joined([gate.weight, up.weight])
-    if _few(x):
+    if _few(x) and gate_up is not None:
         x = skinny_linear(heads, output.weight, None, None, 0.0, x, False)
-        if gate_up is None:
-            halves = (skinny_linear(x, w, None, norm.weight, norm.eps, None, False) for w in (gate.weight, up.weight))
-            inner = swiglu(*halves)
-        else:
-            inner = skinny_linear(x, gate_up, None, norm.weight, norm.eps, None, True)  # [S, F]
+        inner = skinny_linear(x, gate_up, None, norm.weight, norm.eps, None, True)  # [S, F]
         return skinny_linear(inner, down.weight, None, None, 0.0, x, False)
     x, unit = add_rms_norm(output(heads), x, norm.weight, norm.eps)
     halves = (gate(unit), up(unit)) if gate_up is None else product(unit, gate_up).chunk(2, dim=-1)
