@@ -154,7 +154,9 @@ def _train(arguments: argparse.Namespace) -> int:
     stages = recipe.SMALL_STAGES if arguments.small else recipe.STAGES
     progress = standing(arguments.out, stages)
     if progress is not None:
-        say(f"{arguments.out}: continues after step {progress.step} of stage {progress.stage}")
+        finished = (progress.stage, progress.step) == (stages[-1].name, stages[-1].steps)
+        where = f"after step {progress.step} of stage {progress.stage}"
+        say(f"{arguments.out}: {'is finished' if finished else 'continues ' + where}")
     try:
         folder = train(arguments.out, stages, str(device), arguments.workers, arguments.save_seconds)
     except KeyboardInterrupt:

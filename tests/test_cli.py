@@ -108,8 +108,13 @@ def test_no_argument_asks_about_the_sample_picture(run, folder, tmp_path, monkey
     assert str(tmp_path / "sample.png") in err and cli.SAMPLE_QUESTION in err
 
 
-def test_the_shipped_sample_picture_can_be_read():
-    assert (hub.resolve(None) / cli.SAMPLE_PICTURE).is_file()
+def test_the_first_commands_answer_is_true(run):
+    """The README shows it: what the shipped checkpoint says of the shipped picture."""
+    expected = (
+        "a red star at the top left, the text FISH at the bottom left, a green square at the bottom, "
+        "a blue circle at the top right\n"
+    )
+    assert run("generate", "--device", "cpu", "--dtype", "float32")[:2] == (0, expected)
 
 
 def test_a_question_from_stdin_keeps_all_but_its_last_line_break(run, folder, type_in):
@@ -242,7 +247,7 @@ def test_train_makes_a_checkpoint_and_goes_on_where_it_stopped(run, tmp_path, mo
     assert (status, out) == (0, f"{tmp_path / 'run' / 'checkpoint'}\n")
     assert minivlm.load(tmp_path / "run" / "checkpoint", device="cpu").generate("hi", max_new_tokens=2).text is not None
     status, again, err = run(*asked)
-    assert (status, again) == (0, out) and "continues after step 4 of stage projector" in err
+    assert (status, again) == (0, out) and "run: is finished" in err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from minivlm.train import recipe
 from minivlm.train.dialogues import Dialogues, DialogueStage
 from minivlm.train.encoder import EncoderStage, PatchHeads
 from minivlm.train.loop import Stage, run_stage
-from minivlm.train.state import Progress, is_unused, load_modules, read_progress, save_state, truncate_log
+from minivlm.train.state import Progress, alone, is_unused, load_modules, read_progress, save_state, truncate_log
 from minivlm.train.tokenizer import IMAGE, PAD, build_tokenizer
 from minivlm.vlm import VLM, VLMConfig
 
@@ -108,21 +108,28 @@ def standing(folder: Path, stages: tuple[Stage, ...]) -> Progress | None:
         return None
     names = [stage.name for stage in stages]
     at = names.index(progress.stage) if progress.stage in names else -1
-    if at < 0 or progress.recipe != recipe.fingerprint(stages[: at + 1]):
+    if at < 0 or progress.recipe != recipe.fingerprint(stages[: at + 1]) or progress.step > stages[at].steps:
         raise InputError(f"{folder}: holds a run of another recipe; name another folder or delete this one")
     return progress
 
 
 def train(folder: Path, stages: tuple[Stage, ...], device: str, workers: int, save_seconds: float) -> Path:
     """Run or resume the stages in `folder`; returns the finished checkpoint's folder, `folder / "checkpoint"`."""
+    standing(folder, stages)  # before anything is made in the folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        return _train(folder, stages, device, workers, save_seconds)
+
+
+def _train(folder: Path, stages: tuple[Stage, ...], device: str, workers: int, save_seconds: float) -> Path:
     progress = standing(folder, stages)
     processor = new_processor()
     modules = new_modules(processor).to(device)
     if progress is None:
         progress = Progress(recipe.fingerprint(stages[:1]), stages[0].name, 0)
-        folder.mkdir(parents=True, exist_ok=True)
         save_state(folder, progress, modules, [])  # from here on the folder is known as a run's
-    load_modules(folder, modules)
+    else:
+        load_modules(folder, modules)
     names = [stage.name for stage in stages]
     at = names.index(progress.stage)
     truncate_log(folder, lambda stage, step: (names.index(stage), step) <= (at, progress.step))

@@ -7,18 +7,21 @@ state with the same batches and the same loss curve, because a batch is a functi
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
 
-STATE = "state.safetensors"
+STATE, LOG, LOCK = "state.safetensors", "log.jsonl", ".lock"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,17 @@ def is_unused(folder: Path) -> bool:
     """Whether a run can begin here: nothing is there, an empty folder, or what a first state cut short has left."""
     if not folder.exists():
         return True
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_unfinished(folder / STATE).name}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_unfinished(folder / STATE).name, LOCK}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder; raises InputError where another is at work."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"{folder}: another process is training in it") from None
 
 
 def write_atomically(path: Path, write) -> None:
@@ -56,7 +69,8 @@ def save_state(
             for name, value in moments.items():
                 tensors[f"optimizers.{i}.{parameter}.{name}"] = torch.as_tensor(value).contiguous()
     metadata = {"recipe": progress.recipe, "stage": progress.stage, "step": str(progress.step)}
-    write_atomically(folder / STATE, lambda path: save_file(tensors, path, metadata))
+    # Not save_file, which writes to a temporary name of its own and leaves it behind when it is killed.
+    write_atomically(folder / STATE, lambda path: path.write_bytes(save(tensors, metadata)))
 
 
 def read_progress(folder: Path) -> Progress | None:
@@ -71,8 +85,8 @@ def read_progress(folder: Path) -> Progress | None:
         raise InputError(f"{path}: damaged ({' '.join(str(error).split())}); delete it to begin anew") from None
     if not {"recipe", "stage", "step"} <= metadata.keys():
         raise InputError(f"{path}: not the state of a training run")
-    if not metadata["step"].isdecimal():
-        raise InputError(f"{path}: step {metadata['step']!r} is not a number; delete it to begin anew")
+    if not re.fullmatch("[0-9]{1,9}", metadata["step"]):
+        raise InputError(f"{path}: step {metadata['step'][:20]!r} is not a number of steps; delete it to begin anew")
     return Progress(metadata["recipe"], metadata["stage"], int(metadata["step"]))
 
 
@@ -85,24 +99,35 @@ def load_modules(folder: Path, modules: nn.ModuleDict) -> None:
             differing = sorted(found ^ {f"modules.{name}" for name in wanted})
             raise InputError(f"{folder / STATE}: parameters differ from the recipe's, first {differing[0]}")
         for name, parameter in wanted.items():
-            parameter.data.copy_(file.get_tensor(f"modules.{name}"))
+            values = file.get_tensor(f"modules.{name}")
+            if values.shape != parameter.shape:
+                raise InputError(
+                    f"{folder / STATE}: {name} has shape {list(values.shape)}, expected {list(parameter.shape)}"
+                )
+            parameter.data.copy_(values)
 
 
 def load_optimizers(folder: Path, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Fill the optimisers' moments from the run's state."""
+    """Fill the optimisers' moments from the run's state; raises InputError where it has none, or they do not fit."""
+    sizes = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     with safe_open(folder / STATE, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a dict)
             if key.startswith("optimizers."):
-                _, i, parameter, name = key.split(".")
-                states[int(i)].setdefault(int(parameter), {})[name] = file.get_tensor(key)
+                found = re.fullmatch(r"optimizers\.(\d)\.(\d{1,6})\.(\w+)", key)
+                i, parameter = (int(found[1]), int(found[2])) if found else (len(sizes), 0)
+                if i >= len(sizes) or parameter >= sizes[i]:
+                    raise InputError(f"{folder / STATE}: {key} is not of this recipe's optimisers")
+                states[i].setdefault(parameter, {})[found[3]] = file.get_tensor(key)
+    if not any(states):
+        raise InputError(f"{folder / STATE}: the optimisers' moments are missing")
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def append_log(folder: Path, entry: dict) -> None:
     """Add one line to the run's log."""
-    with open(folder / "log.jsonl", "a") as file:
+    with open(folder / LOG, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -111,7 +136,7 @@ def truncate_log(folder: Path, keep: Callable[[str, int], bool]) -> None:
 
     A last line cut short, as a killed run leaves it, is dropped; any other that is no report is an InputError.
     """
-    path = folder / "log.jsonl"
+    path = folder / LOG
     if not path.exists():
         return
     lines, kept = path.read_text(errors="replace").splitlines(), []

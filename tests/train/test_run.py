@@ -2,19 +2,21 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import minivlm
 from minivlm.errors import InputError, NumericError
 from minivlm.train import recipe, run
 from minivlm.train.loop import run_stage
 from minivlm.train.optim import cosine
-from minivlm.train.state import load_modules
+from minivlm.train.state import alone, load_modules
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs PyTorch 2.9's Muon")
 # All stages, three steps each.
@@ -90,9 +92,51 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path):
         train(tmp_path / "notes" / "notes.txt")
 
 
-def test_a_run_killed_while_it_wrote_its_first_state_begins(tmp_path):
-    (tmp_path / ".state.safetensors.part").write_bytes(b"half")
+def test_a_run_killed_while_it_wrote_a_state_leaves_what_the_next_one_takes_up(tmp_path):
+    """The real leftovers, of a process that dies between the bytes and the rename."""
+    code = (
+        "import os, sys, pathlib\n"
+        "from minivlm.train import run, state\n"
+        "state.os.replace = lambda *_: os._exit(9)\n"
+        "run.train(pathlib.Path(sys.argv[1]), run.recipe.SMALL_STAGES, 'cpu', 0, 0.0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert done.returncode == 9 and [path.name for path in tmp_path.glob("*.part")] == [".state.safetensors.part"]
     assert run.standing(tmp_path, SMALL) is None
+    train(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_two_runs_are_never_at_work_in_one_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(InputError, match="another process is training in it"):
+        train(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"modules.vlm.image_newline": torch.zeros(1, 256)}, "image_newline has shape"),
+        (lambda t: t | {"optimizers.9.0.x": torch.zeros(1)}, "optimizers.9.0.x is not of"),
+        (lambda t: t | {"optimizers.0.99999.x": torch.zeros(1)}, "optimizers.0.99999.x is not of"),
+        (lambda t: t | {"optimizers.junk": torch.zeros(1)}, "optimizers.junk is not of"),
+        (lambda t: {k: v for k, v in t.items() if not k.startswith("optim")}, "moments are missing"),
+        (lambda t: {k: v for k, v in t.items() if "image_newline" not in k}, "parameters differ"),
+    ],
+)
+def test_a_damaged_state_is_named(finished, tmp_path, change, message):
+    path = finished / "state.safetensors"
+    metadata = {"recipe": recipe.fingerprint(SMALL), "stage": "tune", "step": "2"}
+    save_file(change(load_file(path)), tmp_path / path.name, metadata)
+    with pytest.raises(InputError, match=message):
+        train(tmp_path)
+
+
+def test_a_step_beyond_the_stage_is_refused(finished, tmp_path):
+    metadata = {"recipe": recipe.fingerprint(SMALL), "stage": "tune", "step": "99"}
+    save_file(load_file(finished / "state.safetensors"), tmp_path / "state.safetensors", metadata)
+    with pytest.raises(InputError, match="another recipe"):
+        train(tmp_path)
 
 
 def test_a_log_line_cut_short_is_dropped_and_another_is_named(finished, tmp_path):
@@ -110,7 +154,7 @@ def test_a_log_line_cut_short_is_dropped_and_another_is_named(finished, tmp_path
 def test_a_state_without_a_number_of_steps_is_refused(tmp_path):
     metadata = {"recipe": "x", "stage": "tune", "step": "many"}
     save_file({"a": torch.zeros(1)}, tmp_path / "state.safetensors", metadata)
-    with pytest.raises(InputError, match="step 'many' is not a number"):
+    with pytest.raises(InputError, match="step 'many' is not a number of steps"):
         train(tmp_path)
 
 
