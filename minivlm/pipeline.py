@@ -153,10 +153,9 @@ def load(
 
     device: "auto" is CUDA where there is one, else the CPU. dtype: "float32", "bfloat16", "float16", or
     "auto", the checkpoint's own, but on a CPU never float16, which is 20 times slower there. backend: "auto"
-    or a name in `minivlm.ops.backend`; to train, "sdpa" or "reference", as the others have no gradients, and "auto"
-    chooses them. prompt_format: the built-in chat template for a folder that has none;
-    None takes that of the published model of this structure. Raises InputError, one line, for whatever is
-    missing, damaged or not supported.
+    or a name in `minivlm.ops.backend`; to train, "sdpa" or "reference": "cpu" and "triton", which "auto" is, have no
+    gradients. prompt_format: the built-in chat template for a folder that has none; None takes that of the
+    published model of this structure. Raises InputError, one line, for whatever is missing, damaged or not supported.
     """
     place = choose_device(device)
     folder = hub.resolve(model)

@@ -44,9 +44,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def bandwidth(device: torch.device, size: int = 2**30) -> float:
-    """Bytes a second that the device reads: the median of sums over a buffer of `size` bytes."""
+    """Bytes a second that the device reads: `size` bytes summed, and multiplied by a vector, whichever is faster."""
     buffer = torch.ones(size // 4, device=device)
-    return size / interleaved({"": Contender(buffer.sum)}, 7, device)[""]
+    matrix, vector = buffer.view(-1, 1024), buffer[:1024]
+    readers = {"sum": Contender(buffer.sum), "product": Contender(lambda: matrix @ vector)}
+    return size / min(interleaved(readers, 7, device).values())
 
 
 def rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:

@@ -139,7 +139,7 @@ def plot(rows: Sequence[Row | Memory], path: Path) -> None:
     timed = [row for row in rows if isinstance(row, Row) and row.tokens and row.context]
     if not _series(timed, "context") and not _series(timed, "batch"):
         raise InputError("--plot: no two of the rows measured differ in context or batch alone")
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, axis, rest in zip(figure.subplots(1, 2), ("context", "batch"), ("batch", "context"), strict=True):
         for setting, points in _series(timed, axis).items():
@@ -151,9 +151,9 @@ def plot(rows: Sequence[Row | Memory], path: Path) -> None:
             for peer in points[0].peers:
                 speeds = [row.tokens / row.peers[peer] for row in points]
                 axes.plot(at, speeds, color=line.get_color(), linestyle="--", marker=".", label=f"{setting}: {peer}")
-        axes.set(xlabel=f"{axis} (the same {rest})", ylabel="tokens per second", yscale="log")
+        axes.set(ylim=(0, None), xlabel=f"{axis} (the same {rest})", ylabel="tokens per second")
         if _series(timed, axis):
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 

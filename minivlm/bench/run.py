@@ -69,7 +69,7 @@ def _on_cpu(
                 jobs["context"] = [(1, 3 * bench.prompt)]
                 jobs["prefill"] = [bench.prompt]
                 if dtype == torch.bfloat16:
-                    jobs["batch"] = [(4, bench.prompt), (8, bench.prompt)]
+                    jobs["batch"] = [(2, bench.prompt), (8, bench.prompt)]
             jobs = {name: sizes for name, sizes in jobs.items() if name in names}
             if jobs:
                 yield from decoder(bench, shape, dtype, threads, jobs)

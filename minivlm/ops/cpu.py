@@ -27,6 +27,7 @@ from minivlm.ops.rows import Rows
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one module that read the same input
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
+MANY = 32  # rows from which on plain weights are multiplied layer by layer
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
@@ -101,6 +102,14 @@ class Group(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
         return _product(x, self.weight, self.bias) if self.packed else _vector_product(x, self.weight, self.bias)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
+        whole in memory, which saves more than one product costs."""
+        if self.packed or x.numel() < MANY * x.shape[-1] or x.requires_grad:
+            return self(x).split(self.sizes, dim=-1)
+        biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+        return tuple(linear(x, *part) for part in zip(self.weight.split(self.sizes), biases, strict=True))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Nothing: the layers save their own weights, under the checkpoint's names."""
@@ -187,6 +196,8 @@ def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tup
 def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """down(silu(gate(norm(x))) * up(norm(x))). x [S, D] -> [S, D]."""
     gated, lifted = _project(_norm(x, norm), (gate, up))  # [S, intermediate]
+    if isinstance(gate, GroupedLinear) and gated.is_contiguous():
+        return down(silu(gated, inplace=True).mul_(lifted))  # fresh large buffers cost as much as the arithmetic
     return down(silu(gated) * lifted)
 
 
@@ -200,7 +211,7 @@ def _norm(x: Tensor, norm: nn.Module) -> Tensor:
 def _project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     first = linears[0]
     if isinstance(first, GroupedLinear):
-        return first.group(x).split(first.group.sizes, dim=-1)
+        return first.group.parts(x)
     return tuple(layer(x) for layer in linears)  # a model that was not prepared
 
 

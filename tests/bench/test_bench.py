@@ -46,7 +46,7 @@ def test_decoder_rows():
     )  # fmt: skip
     assert tuple(told) == report.rows
     first = [(row.name, row.batch, row.context) for row in report.rows if "bfloat16, " in row.setting]
-    expected = [("decode", 1, 20), ("context", 1, 60), ("prefill", 1, 0), ("batch", 4, 20), ("batch", 8, 20)]
+    expected = [("decode", 1, 20), ("context", 1, 60), ("prefill", 1, 0), ("batch", 2, 20), ("batch", 8, 20)]
     assert first[:5] == first[5:10] == expected  # with one thread, then with two
     assert all(set(row.peers) == {"eager", "sdpa"} and row.seconds > 0 for row in report.rows)
     assert all(row.floor.seconds > 0 and row.share > 0 for row in report.rows)

@@ -161,6 +161,22 @@ def test_a_layer_of_a_group_can_stand_alone():
         torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", (1, 2, 31, 32, 33))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_rows(rows, dtype):
+    """One row, a few and many take different ways to the same numbers."""
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.gate_proj, block.up_proj = nn.Linear(24, 40), nn.Linear(24, 16)
+    block.to(dtype)
+    exact = [(layer.weight.detach().double(), layer.bias.detach().double()) for layer in block.children()]
+    cpu.prepare(block)
+    x = torch.randn(rows, 24, dtype=dtype)
+    for found, (weight, bias) in zip(block.gate_proj.group.parts(x), exact, strict=True):
+        expected = nn.functional.linear(x.double(), weight, bias)
+        assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+
+
 # ---- the operations
 
 
