@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minivlm import parity
 from minivlm.errors import InputError
-from minivlm.ops import backend
+from minivlm.ops import backend as backends
 from minivlm.ops.norms import RMSNorm
 from minivlm.pipeline import load
 from minivlm.stages import Report, Stages, compare
@@ -152,8 +152,8 @@ def test_a_wrong_weight_departs_where_it_is_used(case_of, parameter, stage):
 
 
 def test_a_wrong_rope_theta_fails_with_the_stage_and_the_place(tiny_of, monkeypatch):
-    right = backend.rope_table
-    monkeypatch.setattr(backend, "rope_table", lambda p, c, theta, dtype: right(p, c, 2 * theta, dtype))
+    right = backends.rope_table
+    monkeypatch.setattr(backends, "rope_table", lambda p, c, theta, dtype: right(p, c, 2 * theta, dtype))
     report = parity.run(tiny_of("next-llama").folder, tokens=4)
     assert not report.ok and report.first.stage == "language_model.layers.0"
     assert report.lines()[-1].startswith("parity fails, first at language_model.layers.0: farthest at [")

@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -152,11 +151,6 @@ def child(who: str, folder: str) -> int:
             rows = Rows.causal([len(ids)], [0 if step == 0 else POSITIONS + step - 1])
             ids = decoder.logits(decoder(decoder.embed_tokens(ids), rows, cache)[-1:]).argmax(-1)
     return peak.largest - peak.first
-
-
-def threads_of(row: Row, threads: int) -> Row:
-    """The row, its setting ending with the number of threads."""
-    return replace(row, setting=f"{row.setting}, {threads} thread{'s' if threads > 1 else ''}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class Floor:
     """The least that a machine must do: bytes to read once and operations to do, at the rates measured in this run.
 
     bytes, operations: of one run of the row; bandwidth: bytes a second; rate: operations a second.
-    seconds: given where the floor is itself a measured time.
+    measured: seconds, where the floor is itself a measured time.
     """
 
     bytes: float = 0.0

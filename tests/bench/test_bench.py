@@ -119,7 +119,7 @@ def test_rounds_alternate_and_resets_are_not_timed(monkeypatch):
 def test_bandwidth_and_rate_count_bytes_and_operations(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(measure, "interleaved", lambda contenders, *_: {name: 0.5 for name in contenders})
-    assert measure.bandwidth(CPU, 1000) == 2000
+    assert measure.bandwidth(CPU, 40960) == 81920
     assert measure.rate(CPU, torch.float32, 10) == 2 * 10**3 / 0.5
 
 
