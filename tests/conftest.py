@@ -1,5 +1,6 @@
 """Shared by all tests; its being here also puts tests/ on the import path, for `tiny`."""
 
+import signal
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ import transformers
 import minivlm
 
 torch.set_num_threads(1)
+# A job in a shell's background begins with Ctrl-C ignored, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
