@@ -1,6 +1,7 @@
 """Shared by all tests; its being here also puts tests/ on the import path, for `tiny`."""
 
 import os
+import signal
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ import minivlm
 
 torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A job in a shell's background begins with Ctrl-C ignored, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
