@@ -163,15 +163,15 @@ OLDEST = (8, 0)  # the compute capability from which on the kernels were compile
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of that name. `auto` is `triton` on CUDA and `cpu` on a CPU where they can run, else `sdpa`.
+    """The backend of that name. `auto` is `cpu` on a CPU where it can run, else `sdpa`: `triton` has to be asked for,
+    until its tests have passed on a GPU.
 
     Raises InputError for a backend that is not known, or that cannot run here, with the reason.
     """
     if name not in ("auto", *NAMES):
         raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(NAMES)}")
     if name == "auto":
-        best = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "sdpa")
-        name = best if _obstacle(best, device, dtype) is None else "sdpa"
+        name = "cpu" if _obstacle("cpu", device, dtype) is None else "sdpa"
     if obstacle := _obstacle(name, device, dtype):
         raise InputError(f"backend {name}: {obstacle}")
     if name != "triton":
