@@ -158,7 +158,8 @@ def prepare(model: nn.Module) -> None:
     packed = packs()
     model.requires_grad_(False)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in list(model.modules()):
+    # Without the linear layers themselves: whoever holds them holds their weights, until the last is joined.
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         plain = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
         groups = [names for names in GROUPS if set(names) <= set(plain)]
         joined = {name for names in groups for name in names}

@@ -1,5 +1,7 @@
 """The backend `cpu`: what packing keeps and refuses, and that whole models compute and generate as `reference` does."""
 
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -291,3 +293,22 @@ def test_reference_and_sdpa_stay_trainable(tiny_of):
         model, _ = checkpoint.load(tiny_of("llava").folder, "cpu", "float32", backend, progress=False)
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert any(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def test_the_original_weights_go_as_their_group_is_made(monkeypatch):
+    """At no time are there more weights twice than those of one group."""
+    blocks, gone = nn.ModuleList(), []
+    for _ in range(3):
+        block = nn.Module()
+        block.q_proj, block.k_proj, block.v_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        blocks.append(block)
+
+    class Watched(cpu.Group):
+        def __init__(self, linears, packed):
+            assert [weight() for weight in gone] == [None] * len(gone)
+            super().__init__(linears, packed)
+            gone.extend(weakref.ref(linear.weight) for linear in linears)
+
+    monkeypatch.setattr(cpu, "Group", Watched)
+    cpu.prepare(blocks)
+    assert [weight() for weight in gone] == [None] * 9
