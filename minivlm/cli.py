@@ -24,7 +24,7 @@ from minivlm.bench import run as bench
 from minivlm.bench.report import plot
 from minivlm.errors import InputError, NumericError
 from minivlm.evaluate import heldout
-from minivlm.models import SHIPPED
+from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION, SHIPPED
 from minivlm.pipeline import Pipeline, choose_device
 from minivlm.processor.images import load_image
 from minivlm.processor.prompts import question_to_messages
@@ -33,7 +33,6 @@ from minivlm.terminal import dialogue, say, show, utf8
 from minivlm.train import recipe
 from minivlm.train.run import standing, train
 
-SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "Describe the picture."
 FAILED, INTERRUPTED, NO_READER = 1, 130, 141
 # What has a line to show and no need of a traceback.
 TOLD = (InputError, NumericError, OSError, SafetensorError, torch.OutOfMemoryError)

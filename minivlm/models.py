@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from minivlm.vlm import VLMConfig
 
 SHIPPED = "minivlm-tiny"  # the folder in weights/ that is used when no model is named
+SAMPLE_PICTURE, SAMPLE_QUESTION = "sample.png", "Describe the picture."  # a file of that folder; what is asked of it
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,6 @@ def test_keyword_arguments_are_named_and_typed():
 def test_gradients_are_switched_off_only_where_nobody_trains():
     for where, node in nodes((ast.Attribute, ast.Name)):
         if ast.unparse(node).endswith(("no_grad", "inference_mode", "set_grad_enabled")):
-            if where.startswith("ops/cpu.py"):  # switches gradients on, for a table that outlives the answer
-                continue
             assert where.startswith(WITHOUT_GRADIENTS), where
 
 

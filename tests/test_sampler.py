@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-import transformers
+from warpers import transformers_warpers
 
 from minivlm.errors import InputError, NumericError
 from minivlm.sampler import RANGES, Choice, Sampling, gumbel_noise, gumbel_of_bits, philox4x32, sample, warp
@@ -14,22 +14,6 @@ from minivlm.sampler import RANGES, Choice, Sampling, gumbel_noise, gumbel_of_bi
 
 def draw(logits: torch.Tensor, sampling: Sampling, position: int = 0, seen: tuple[int, ...] = ()) -> Choice:
     return sample(logits[None], [sampling], [position], [seen])[0]
-
-
-def transformers_warpers(sampling: Sampling) -> transformers.LogitsProcessorList:
-    """In the order of GenerationMixin._get_logits_processor, as released in transformers 5.23."""
-    chain = transformers.LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        chain.append(transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature is not None:
-        chain.append(transformers.TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k is not None:
-        chain.append(transformers.TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p is not None and sampling.top_p < 1:
-        chain.append(transformers.TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p is not None:
-        chain.append(transformers.MinPLogitsWarper(sampling.min_p))
-    return chain
 
 
 def random_sampling(rng: random.Random) -> Sampling:

@@ -17,7 +17,7 @@ from minivlm.bench.rows import Bench
 from minivlm.ops.backend import choose
 from minivlm.ops.rows import Rows
 from minivlm.processor import Inputs
-from minivlm.sampler import Sampling, sample
+from minivlm.sampler import Sampling
 from minivlm.vision.clip import CLIPVisionConfig, CLIPVisionModel
 from minivlm.vlm import CLIP_L_336, VLM, VLMConfig
 
@@ -79,10 +79,11 @@ def first_token(bench: Bench, shape: Shape, values: dict = CLIP_L_336) -> Row:
     inputs = Inputs((1, *[image] * count, 5, 6, 7), tiles, ((2 * side, 2 * side),), (TILES,))
     cache = model.language_model.new_cache(1, len(inputs.ids))
     decoder, rows = model.language_model, Rows.causal([len(inputs.ids)])
+    choose_id = backend.sampler(torch.ones(shape.vocabulary, dtype=torch.bool, device=bench.device))
 
     def run() -> object:
         hidden = decoder(model.embed([inputs]), rows, cache)
-        return sample(decoder.logits(hidden[-1:]), [Sampling()], [len(inputs.ids)], [inputs.ids])
+        return choose_id(decoder.logits(hidden[-1:]), [Sampling()], [len(inputs.ids)], [inputs.ids])
 
     seconds = bench.timed({"minivlm": Contender(run)}, max(3, bench.rounds // 4))["minivlm"]
     floor = bench.floor(shape.matrices * HALF.itemsize, shape.prefill_operations(len(inputs.ids)), HALF)
@@ -99,6 +100,8 @@ def sampling(bench: Bench, vocabulary: int = 32064, batches: tuple[int, ...] = (
         transformers.TopKLogitsWarper(50),
         transformers.TopPLogitsWarper(0.9),
     ]
+    backend = choose(bench.backend, bench.device, HALF)
+    choose_ids = backend.sampler(torch.ones(vocabulary, dtype=torch.bool, device=bench.device))
     for batch in batches:
         logits = 3 * torch.randn(batch, vocabulary, device=bench.device, dtype=HALF)
         settings = [Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=row) for row in range(batch)]
@@ -111,7 +114,7 @@ def sampling(bench: Bench, vocabulary: int = 32064, batches: tuple[int, ...] = (
 
         contenders = {
             "minivlm": Contender(
-                lambda logits=logits, settings=settings, batch=batch: sample(
+                lambda logits=logits, settings=settings, batch=batch: choose_ids(
                     logits, settings, [0] * batch, [()] * batch
                 )
             ),

@@ -21,11 +21,11 @@ from minivlm import checkpoint, hub
 from minivlm.bench.models import SHAPES, Shape, random_weight
 from minivlm.bench.report import Floor, Memory, Row
 from minivlm.errors import InputError
+from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION
 from minivlm.ops.backend import choose
 from minivlm.ops.rows import Rows
 from minivlm.vlm import VLM, VLMConfig
 
-QUESTION, PICTURE = "Describe the picture.", "sample.png"
 POSITIONS, STEPS = 1029, 4
 # The same question about the same picture, as transformers' documentation has it.
 TRANSFORMERS = """
@@ -48,10 +48,10 @@ def shell_to_answer(rounds: int) -> Row:
     """`minivlm generate` on the shipped checkpoint, transformers' script, and `import torch` alone, as a shell sees
     them: each in a fresh process, by turns. Raises InputError if the two answer differently."""
     folder = hub.resolve(None)
-    picture = folder / PICTURE
+    picture = folder / SAMPLE_PICTURE
     commands = {
-        "minivlm": ["-m", "minivlm", "generate", QUESTION, "--image", str(picture)],
-        "transformers": ["-c", TRANSFORMERS, str(folder), str(picture), QUESTION],
+        "minivlm": ["-m", "minivlm", "generate", SAMPLE_QUESTION, "--image", str(picture)],
+        "transformers": ["-c", TRANSFORMERS, str(folder), str(picture), SAMPLE_QUESTION],
         "import torch": ["-c", "import torch"],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}

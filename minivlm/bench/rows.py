@@ -15,11 +15,12 @@ from minivlm.bench.measure import Contender
 from minivlm.bench.models import Pair, Shape
 from minivlm.bench.report import Floor, Row
 from minivlm.errors import InputError
+from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION
 from minivlm.pipeline import load
 from minivlm.processor.images import load_image
 from minivlm.processor.prompts import question_to_messages
 
-QUESTION, PICTURE, MOST_TOKENS = "Describe the picture.", "sample.png", 200
+MOST_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def shipped(bench: Bench) -> Row:
     vlm = load(folder, device=bench.device, backend=bench.backend)
     weight = vlm.model.language_model.embed_tokens.weight
     oracle = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=weight.dtype).to(bench.device)
-    picture = load_image(str(folder / PICTURE))
-    inputs = vlm.processor.chat(question_to_messages(QUESTION, 1), [picture])
+    picture = load_image(str(folder / SAMPLE_PICTURE))
+    inputs = vlm.processor.chat(question_to_messages(SAMPLE_QUESTION, 1), [picture])
     ids = torch.tensor([inputs.ids], device=bench.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch |= {"pixel_values": inputs.tiles[None].to(weight), "image_sizes": torch.tensor(inputs.image_sizes)}

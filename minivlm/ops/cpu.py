@@ -32,18 +32,13 @@ FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of 16-bit numbers (Intel's AMX)."""
-    return torch.cpu._is_amx_tile_supported()
-
-
 def packs() -> bool:
     """Whether packed weights are the faster ones here: everywhere but on Intel's processors with AMX.
 
     GB/s of weights that one thread reads for one row, as F.linear / packed / vector, bfloat16 and float32:
     Intel with AMX 11.6 / 10.8 / 13.2 and 15.2 / 13.3 / 15.3; AMD Zen 5 17 / 29 / 12 and 22 / 28 / not measured.
     """
-    return not has_tiles()
+    return not torch.cpu._is_amx_tile_supported()
 
 
 def lacks(dtype: torch.dtype) -> str | None:

@@ -21,12 +21,12 @@ from minivlm.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_
 from minivlm.kernels.skinny import MOST_ROWS, plain_skinny_linear, skinny_linear
 from minivlm.ops import activations
 from minivlm.ops.backend import Backend, rope
+from minivlm.ops.cpu import GROUPS
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.triton_attention import attention, sight, vision_attention
 from minivlm.ops.triton_decoding import decoding
 from minivlm.ops.triton_sampler import sampler
 
-PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # that lie end to end, for one product
 # The kernel for an activation, with the bias of the product before it; any other is PyTorch's.
 BIASED = {activations.quick_gelu: quick_gelu, nn.functional.gelu: gelu}
 
@@ -41,7 +41,7 @@ def pack(model: nn.Module) -> None:
         raise InputError("backend triton: Triton's interpreter computes bfloat16 wrongly, expected dtype float32")
     for module in model.modules():
         children = dict(module.named_children())
-        for names in PACKED:
+        for names in GROUPS:
             if all(name in children for name in names):
                 linears = [children[name] for name in names]
                 _lay_end_to_end([linear.weight for linear in linears])

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-import transformers
 import triton
 import triton.language as tl
 from problems import poisoned_memory
 from torch import Tensor
+from warpers import transformers_warpers
 
 from minivlm import sampler
 from minivlm.kernels import sampling, sampling_stages
@@ -85,22 +85,6 @@ def some_sampling(rng: random.Random, seed: int) -> Sampling:
     )
 
 
-def processors(s: Sampling) -> transformers.LogitsProcessorList:
-    """In the order of GenerationMixin._get_logits_processor, as released in transformers 5.23."""
-    chain = transformers.LogitsProcessorList()
-    if s.repetition_penalty != 1:
-        chain.append(transformers.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
-    if s.temperature is not None:
-        chain.append(transformers.TemperatureLogitsWarper(s.temperature))
-    if s.top_k is not None:
-        chain.append(transformers.TopKLogitsWarper(s.top_k))
-    if s.top_p is not None and s.top_p < 1:
-        chain.append(transformers.TopPLogitsWarper(s.top_p))
-    if s.min_p is not None:
-        chain.append(transformers.MinPLogitsWarper(s.min_p))
-    return chain
-
-
 def at_an_edge(logits: Tensor, s: Sampling, seen: list[int]) -> bool:
     """Whether float32 may decide the fate of a score either way, in the kernel or in transformers."""
     whole = Sampling(s.temperature, s.top_k, repetition_penalty=s.repetition_penalty, seed=0)
@@ -137,7 +121,7 @@ def compare(device: torch.device, rows: int, vocabulary: int, seed: int) -> tupl
             edges += 1
             continue
         assert found[0][row] == choice.id, (row, s)
-        kept = processors(s)(torch.tensor([seen[row]]), logits[row][None].clone())[0].double()
+        kept = transformers_warpers(s)(torch.tensor([seen[row]]), logits[row][None].clone())[0].double()
         exact = kept.log_softmax(0)
         assert float(found[2][row]) == pytest.approx(float(exact[choice.id]), abs=4e-6, rel=3e-7), (row, s)
         whole = Sampling(s.temperature, repetition_penalty=s.repetition_penalty, seed=0)
@@ -166,7 +150,7 @@ def test_twin_keeps_what_transformers_keeps_in_thousands_of_rows():
     for _ in range(500):
         s = some_sampling(rng, 0)
         logits = torch.randn(8, rng.choice([5, 64, 300]), generator=generator) * rng.choice([0.5, 3.0, 12.0])
-        chain = processors(Sampling(s.temperature, s.top_k, s.top_p, s.min_p))
+        chain = transformers_warpers(Sampling(s.temperature, s.top_k, s.top_p, s.min_p))
         expected = chain(torch.zeros(8, 1).long(), logits.clone())
         for row in range(8):
             scores = logits[row] / (s.temperature or 1.0)
@@ -234,7 +218,7 @@ def test_equal_scores_share_one_fate(device: torch.device, function: str):
         assert found[0][row] == choice.id
         assert float(found[2][row]) == pytest.approx(choice.sampled_logprob, abs=4e-6)
         scores = logits[row].double()
-        theirs = processors(s)(torch.zeros(1, 1).long(), logits[row][None].float())[0].isfinite()
+        theirs = transformers_warpers(s)(torch.zeros(1, 1).long(), logits[row][None].float())[0].isfinite()
         closed = scores >= scores[theirs].min()
         exact = scores.masked_fill(~closed, -torch.inf).log_softmax(0)
         assert float(found[2][row]) == pytest.approx(float(exact[choice.id]), abs=4e-6)
