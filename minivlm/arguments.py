@@ -13,7 +13,9 @@ from minivlm.bench import run as bench
 from minivlm.evaluate import heldout
 from minivlm.models import SHIPPED
 from minivlm.ops import backend as backends
+from minivlm.ops.quantised import FORMATS
 from minivlm.processor.prompts import TEMPLATES
+from minivlm.quantisation import STORED
 from minivlm.train.questions import KINDS
 
 BAD_INPUT = 2  # exit status
@@ -156,4 +158,6 @@ def _load_options(parser: _Parser) -> None:
     """The arguments of minivlm.load."""
     formats = ", ".join(TEMPLATES)
     group = _model_options(parser)
+    group.add_argument("--weights", default=STORED, metavar="FORM",
+                       help=f"{STORED}, or quantise the decoder's while loading: {' or '.join(FORMATS)}")  # fmt: skip
     group.add_argument("--prompt-format", metavar="NAME", help=f"if the folder has no chat template: {formats}")

@@ -9,25 +9,23 @@ file, whose pages the system may drop and read again.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from minivlm.errors import InputError
+from minivlm.filling import EMBEDDING, HEAD, STORED_DTYPES, Filling, Unfilled, nbytes
+from minivlm.ops import cpu
 from minivlm.ops.backend import Backend
-from minivlm.ops.cpu import weights
 from minivlm.processor.tokens import read_json
-from minivlm.shards import StoredTensor, find_tensors, others, read_tensors, staged, write_json, write_tensors
+from minivlm.quantisation import STORED, LogitChange, quantise_while_filling
+from minivlm.shards import StoredTensor, find_tensors, others, staged, write_json, write_tensors
 from minivlm.vlm import VLM, VLMConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5 * 10**9
 
 # From the names of every published layout to this model's, applied in order:
@@ -50,8 +48,6 @@ IGNORED = {
     r".*\.embeddings\.position_ids": "the integers 0, 1, 2, ..., which the model does not need to be told",
     r".*\.rotary_emb\.inv_freq": "rotary frequencies, which the model computes from rope_theta",
 }
-PIECE = 2**18  # numbers converted at a time
-HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,7 @@ class CheckpointInfo:
     stored_dtype: safetensors' name for the type of the weights.
     ignored: stored tensors that are not parameters, each with the reason.
     not_run: parameters that LLaVA never reaches (the encoder's layers after the tapped one), kept for saving.
+    change: what quantising while loading did, None for weights as stored.
     """
 
     folder: Path
@@ -96,6 +93,7 @@ class CheckpointInfo:
     stored_dtype: str
     ignored: dict[str, str]
     not_run: tuple[str, ...]
+    change: LogitChange | None
 
 
 def read_config(folder: str | Path) -> VLMConfig:
@@ -110,13 +108,17 @@ def load(
     dtype: torch.dtype | str,
     backend: Backend,
     progress: bool = True,
+    weights: str = STORED,
+    probe: Sequence[int] = (),
 ) -> tuple[VLM, CheckpointInfo]:
     """The model of a folder, on `device` in `dtype`, and what else the folder says.
 
     dtype: float32, float16, bfloat16, or "auto", the checkpoint's own; but on a CPU, where float16 is 20
     times slower, float16 becomes bfloat16 if the processor multiplies that in hardware, else float32.
-    progress: a bar on stderr. Raises InputError, one line, before anything is converted where files or
-    tensors are missing, unexpected, damaged or of another shape or type; and for NaN or infinity in a tensor.
+    progress: a bar on stderr. weights: "stored", or what the decoder's are quantised to, "int8" or "int4"; then probe
+    is the ids of a text on which the change is measured. Raises InputError, one line, before anything is converted
+    where files or tensors are missing, unexpected, damaged or of another shape or type; and for NaN or infinity in a
+    tensor.
     """
     folder, device = Path(folder), torch.device(device)
     values = _config_values(folder)
@@ -127,15 +129,20 @@ def load(
     layers = config.text.num_hidden_layers + config.vision.num_hidden_layers
     if layers > len(stored):  # a config.json that asks for 10**9 layers would be built for hours before it failed
         raise InputError(f"{folder / 'config.json'}: asks for {layers} layers, the files hold {len(stored)} tensors")
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         model = VLM(config, backend)
     sources, ignored = account(model, stored, folder)
     stored_dtype = _most_bytes(sources.values())
     dtype = _choose_dtype(dtype, values, stored_dtype, device, folder)
-    _fill(model, _converted(sources, device, dtype, f"loading {folder.name}" if progress else None), sources)
     not_run = _not_run(model)
-    backend.prepare(model)
-    return model, CheckpointInfo(folder, values, generation_values, generation, stored_dtype, ignored, not_run)
+    with Filling(sources, device, dtype, f"loading {folder.name}" if progress else None) as fill:
+        if weights == STORED:
+            fill(model)
+            backend.prepare(model)
+            change = None
+        else:
+            change = quantise_while_filling(model, fill, weights, probe)
+    return model, CheckpointInfo(folder, values, generation_values, generation, stored_dtype, ignored, not_run, change)
 
 
 def compute_dtype(folder: Path, dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
@@ -212,7 +219,7 @@ def save(
     config_values, generation_values: what `CheckpointInfo` kept, written back unchanged but for the dtype.
     Without them config.json is made from the model's configuration and no generation_config.json is written.
     Weights that the backend packed are unpacked, one shard at a time.
-    All files appear together or, with an InputError, none does.
+    All files appear together or, with an InputError, none does. Weights that were quantised cannot be saved.
     """
     dtype = model.language_model.embed_tokens.weight.dtype
     named = [name for name, value in DTYPES.items() if value == dtype]
@@ -229,8 +236,8 @@ def save(
         write_json(part / "config.json", config_values)
         if generation_values:
             write_json(part / "generation_config.json", generation_values)
-        # A tied head is the embedding itself, and `weights` names it once.
-        write_tensors(part, ((published_name(name), tensor) for name, tensor in weights(model)), shard_bytes)
+        # A tied head is the embedding itself, and `cpu.weights` names it once.
+        write_tensors(part, ((published_name(name), tensor) for name, tensor in cpu.weights(model)), shard_bytes)
 
 
 def to_hf(config: VLMConfig) -> dict[str, Any]:
@@ -254,70 +261,6 @@ def to_hf(config: VLMConfig) -> dict[str, Any]:
     if config.image_grid_pinpoints is not None:
         values["image_grid_pinpoints"] = [list(size) for size in config.image_grid_pinpoints]
     return values
-
-
-def _converted(
-    sources: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype, title: str | None
-) -> dict[str, Tensor]:
-    """The values of the parameters, read and converted one stored tensor at a time."""
-    parameters = {tensor.name: name for name, tensor in sources.items()}
-    tensors = {tensor.name: tensor for tensor in sources.values()}.values()
-    total = sum(_nbytes(tensor) for tensor in tensors)
-    state = {}
-    shown = None if title is not None else True  # tqdm shows nothing where stderr is no terminal
-    with tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=0.5, disable=shown) as bar:
-        for tensor, read in read_tensors(tensors):
-            values = _cast(read.to(device), dtype)  # to a GPU in the stored type, which has half float32's bytes
-            if not _is_finite(values):
-                fault = f"values too large for {dtype}" if _is_finite(read) else "NaN or infinity"
-                raise InputError(f"{tensor.file}: {tensor.name} holds {fault}")
-            state[parameters[tensor.name]] = values
-            bar.update(_nbytes(tensor))
-    return state
-
-
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """values.to(dtype). A CPU goes between the 16-bit types twice as fast through float32, piece by piece."""
-    if values.device.type != "cpu" or {values.dtype, dtype} != {torch.float16, torch.bfloat16}:
-        return values.to(dtype)
-    result = torch.empty_like(values, dtype=dtype)
-    for piece, place in zip(values.flatten().split(PIECE), result.view(-1).split(PIECE), strict=True):
-        place.copy_(piece.float())
-    return result
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether every number is finite, without a temporary as large as the tensor.
-
-    A sum is finite only if all its terms are, and is the quickest to take; it may overflow where all terms are finite
-    (70000 ones in float16), so a bad sum is only a suspicion. NaN goes through to the extremes as well.
-    """
-    return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
-
-
-def _fill(model: VLM, state: dict[str, Tensor], sources: Mapping[str, StoredTensor]) -> None:
-    """Put the values in the place of the model's `meta` parameters; tied parameters stay one parameter."""
-    tied = model.config.text.tie_word_embeddings
-    if tied:
-        twins = [state[name] for name in (EMBEDDING, HEAD) if name in state]
-        if not torch.equal(twins[0], twins[-1]):
-            pair = f"{sources[EMBEDDING].name} and {sources[HEAD].name}"
-            raise InputError(f"{sources[HEAD].file}: {pair} differ, but tie_word_embeddings is true")
-        state[EMBEDDING] = state[HEAD] = twins[0]
-    model.load_state_dict(state, assign=True)
-    if tied:
-        model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
-
-
-class _Unfilled(TorchFunctionMode):
-    """Makes filling a tensor with normal numbers do nothing: on `meta` PyTorch would import its compiler, a second's
-    work, to change no number."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def _config_values(folder: Path) -> dict[str, Any]:
@@ -365,12 +308,8 @@ def _most_bytes(tensors: Iterable[StoredTensor]) -> str:
     totals = dict.fromkeys(STORED_DTYPES, 0)
     for tensor in tensors:
         if tensor.dtype in totals:  # the others are ignored, or refused by `account`
-            totals[tensor.dtype] += _nbytes(tensor)
+            totals[tensor.dtype] += nbytes(tensor)
     return max(totals, key=lambda name: totals[name])
-
-
-def _nbytes(tensor: StoredTensor) -> int:
-    return torch.Size(tensor.shape).numel() * STORED_DTYPES[tensor.dtype].itemsize
 
 
 def _not_run(model: VLM) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION, SHIPPED
 from minivlm.pipeline import Pipeline, choose_device
 from minivlm.processor.images import load_image
 from minivlm.processor.prompts import question_to_messages
+from minivlm.quantisation import STORED
 from minivlm.shards import one_line
 from minivlm.terminal import dialogue, say, show, utf8
 from minivlm.train import recipe
@@ -218,7 +219,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, float]:
     """The model that the arguments name, and the seconds it took."""
     began = perf_counter()
     named = (arguments.model, arguments.device, arguments.dtype, arguments.backend, arguments.prompt_format)
-    return minivlm.load(*named), perf_counter() - began
+    vlm = minivlm.load(*named, weights=arguments.weights)
+    seconds = perf_counter() - began
+    if vlm.info.change is not None:
+        say(vlm.info.change.line())
+    return vlm, seconds
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -241,14 +246,18 @@ def _question(text: str | None) -> str:
     return utf8(text, "question")
 
 
-def _computed(vlm: Pipeline) -> dict[str, str]:
+def _computed(vlm: Pipeline) -> dict[str, Any]:
     weight = vlm.model.language_model.embed_tokens.weight
     dtype, backend = str(weight.dtype).removeprefix("torch."), vlm.model.language_model.backend.name
-    return {"dtype": dtype, "device": str(weight.device), "backend": backend}
+    change = vlm.info.change
+    form = {"weights": STORED} if change is None else {"weights": change.form, "logit_change": asdict(change)}
+    return {"dtype": dtype, "device": str(weight.device), "backend": backend, **form}
 
 
 def _where(vlm: Pipeline) -> str:
-    return "{dtype} on {device} by {backend}".format(**_computed(vlm))
+    computed = _computed(vlm)
+    form = "" if computed["weights"] == STORED else " and {weights}"
+    return f"{{dtype}}{form} on {{device}} by {{backend}}".format(**computed)
 
 
 def _plain(reply: Reply) -> dict[str, Any]:

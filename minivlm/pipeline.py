@@ -20,6 +20,7 @@ from minivlm.ops import backend as backends
 from minivlm.processor import Inputs, Processor, VisionGeometry, check_images
 from minivlm.processor.images import ImageSource
 from minivlm.processor.prompts import Message, question_to_messages
+from minivlm.quantisation import MOST_IDS, STORED, TEXT, check
 from minivlm.vlm import VLM, VLMConfig
 
 Prompt = str | Sequence[Message] | Inputs
@@ -148,6 +149,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     prompt_format: str | None = None,
+    weights: str = STORED,
 ) -> Pipeline:
     """Load a checkpoint folder, a hub id, or (None) the shipped checkpoint.
 
@@ -155,9 +157,12 @@ def load(
     "auto", the checkpoint's own, but on a CPU never float16, which is 20 times slower there. backend: "auto"
     or a name in `minivlm.ops.backend`; to train, "sdpa" or "reference": "cpu" and "triton", which "auto" is, have no
     gradients. prompt_format: the built-in chat template for a folder that has none; None takes that of the
-    published model of this structure. Raises InputError, one line, for whatever is missing, damaged or not supported.
+    published model of this structure. weights: "stored", or "int8" or "int4" to quantise the decoder's while loading;
+    `info.change` then says what that did to its logits. Raises InputError, one line, for whatever is missing, damaged
+    or not supported.
     """
     place = choose_device(device)
+    check(weights)
     folder = hub.resolve(model)
     config = checkpoint.read_config(folder)
     recipe = recipe_for(config)
@@ -166,7 +171,9 @@ def load(
     # The processor first: what is wrong with the small files should not wait for gigabytes of weights.
     processor = Processor.from_folder(folder, geometry(config), config.image_token_id, prompt_format)
     dtype = checkpoint.compute_dtype(folder, dtype, place)
-    vlm, info = checkpoint.load(folder, place, dtype, backends.choose(backend, place, dtype))
+    chosen = backends.choose(backend, place, dtype, None if weights == STORED else weights)
+    probe = processor.tokenizer.encode(TEXT)[: min(MOST_IDS, config.text.max_position_embeddings)]
+    vlm, info = checkpoint.load(folder, place, dtype, chosen, weights=weights, probe=probe)
     ends = () if recipe is None else tuple(map(processor.tokenizer.backend.token_to_id, recipe.stop))
     return Pipeline(vlm, processor, [*info.generation.eos_token_ids, *ends], info)
 

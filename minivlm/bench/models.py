@@ -4,7 +4,7 @@ Where transformers is asked it does what its own `generate` does in a step, with
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from minivlm.bench.measure import Contender
 from minivlm.decoder.mistral import MistralConfig, MistralDecoder
+from minivlm.kernels.quantise import GROUP
 from minivlm.ops.backend import choose
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
+from minivlm.quantisation import Sizes, quantise_head, quantise_linears
 
 BLOCK = 1_000_003  # random numbers that a large tensor repeats; a prime, no width divides it
 
@@ -41,6 +43,11 @@ class Shape:
     def cache_bytes(self, positions: int, itemsize: int) -> int:
         """Keys and values of one row."""
         return 2 * self.layers * self.kv_heads * self.channels * positions * itemsize
+
+    def quantised_bytes(self, form: str) -> float:
+        """Of the matrices in a format, with a 16-bit scale for each group of int4; the head is int8."""
+        head = self.vocabulary * self.width
+        return (self.matrices - head) * {"int8": 1, "int4": 0.5 + 2 / GROUP}[form] + head
 
     def step_bytes(self, context: int, batch: int, itemsize: int) -> int:
         """What one step must read: every matrix once, and the keys and values of every row."""
@@ -108,6 +115,20 @@ class Pair:
         theirs.load_state_dict(published, assign=True)
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its frequencies are a buffer
         return cls(shape, ours, theirs.eval().requires_grad_(False), dtype, device)
+
+    def quantised(self, form: str, backend: str) -> "Pair":
+        """The same with minivlm's weights in a format of ops/quantised.py; transformers' stay."""
+        with torch.device("meta"):
+            ours = MistralDecoder(self.ours.config, choose(backend, self.device, self.dtype, form))
+        weights = {name: random_weight(p.shape, self.dtype, self.device) for name, p in ours.named_parameters()}
+        ours.load_state_dict(weights, assign=True)
+        del weights
+        sizes = Sizes()
+        for layer in ours.layers:
+            quantise_linears(layer, form, sizes)
+        quantise_head(ours, sizes)
+        ours.backend.prepare(ours)
+        return replace(self, ours=ours)
 
     def decode(self, batch: int, context: int, attentions: tuple[str, ...] = ("eager", "sdpa")) -> dict:
         """Contenders that each choose one greedy id a row behind `context` cached positions."""

@@ -16,6 +16,7 @@ from minivlm.bench.models import Pair, Shape
 from minivlm.bench.report import Floor, Row
 from minivlm.errors import InputError
 from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION
+from minivlm.ops.quantised import FORMATS
 from minivlm.pipeline import load
 from minivlm.processor.images import load_image
 from minivlm.processor.prompts import question_to_messages
@@ -73,7 +74,7 @@ def _threads(device: torch.device) -> list[str]:
 def decoder(bench: Bench, shape: Shape, dtype: torch.dtype, threads: tuple[int, ...], jobs: dict) -> Iterator[Row]:
     """The rows of one random decoder, which is made once.
 
-    jobs: by name of the row, "decode", "context" and "batch" with their (batch, context), "prefill" with its lengths.
+    jobs: by name of the row, "prefill" with its lengths, the others with their (batch, context).
     """
     pair = Pair.of(shape, dtype, bench.device, bench.backend)
     before = torch.get_num_threads()
@@ -82,7 +83,12 @@ def decoder(bench: Bench, shape: Shape, dtype: torch.dtype, threads: tuple[int, 
             torch.set_num_threads(number)
             for name, sizes in jobs.items():
                 for size in sizes:
-                    yield prefill(bench, pair, size) if name == "prefill" else decode(bench, pair, name, *size)
+                    if name == "prefill":
+                        yield prefill(bench, pair, size)
+                    elif name in FORMATS:
+                        yield quantised(bench, pair, name, *size)
+                    else:
+                        yield decode(bench, pair, name, *size)
     finally:
         torch.set_num_threads(before)
 
@@ -98,6 +104,18 @@ def decode(bench: Bench, pair: Pair, name: str, batch: int, context: int) -> Row
     seconds = times.pop("minivlm")
     what = setting(pair, f"{context} keys", rows)
     return Row(name, what, seconds, floor, times, tokens=batch, batch=batch, context=context)
+
+
+def quantised(bench: Bench, pair: Pair, form: str, batch: int, context: int) -> Row:
+    """The same step with weights in a format, beside that with the weights as they were."""
+    small = pair.quantised(form, bench.backend)
+    contenders = pair.decode(batch, context)
+    contenders["as stored"] = contenders.pop("minivlm")
+    times = bench.timed({"minivlm": small.decode(batch, context, ())["minivlm"], **contenders})
+    read = pair.shape.quantised_bytes(form) + batch * pair.shape.cache_bytes(context, pair.dtype.itemsize)
+    seconds = times.pop("minivlm")
+    what = setting(pair, f"{form} weights", f"{context} keys", f"{batch} row{'s' if batch > 1 else ''}")
+    return Row(form, what, seconds, bench.floor(read, 0, pair.dtype), times, tokens=batch, batch=batch, context=context)
 
 
 def prefill(bench: Bench, pair: Pair, positions: int) -> Row:

@@ -11,8 +11,9 @@ from minivlm.bench.report import Memory, Report, Row
 from minivlm.bench.rows import Bench, decoder, shipped
 from minivlm.errors import InputError
 from minivlm.ops.backend import choose
+from minivlm.ops.quantised import FORMATS
 
-DECODER = ("decode", "context", "batch", "prefill")
+DECODER = ("decode", *FORMATS, "context", "batch", "prefill")
 ON_CPU = (*DECODER, "shipped", "shell", "memory")
 ON_CUDA = (*DECODER, "vision", "first", "sampling", "attention", "shipped", "shell")
 NAMES = tuple(dict.fromkeys((*ON_CPU, *ON_CUDA)))
@@ -65,6 +66,8 @@ def _on_cpu(
     for shape in shapes:
         for dtype in TYPES:
             jobs = {"decode": [(1, bench.prompt)]}
+            if dtype == torch.bfloat16:
+                jobs |= {form: [(1, bench.prompt)] for form in FORMATS}
             if shape is shapes[0]:
                 jobs["context"] = [(1, 3 * bench.prompt)]
                 jobs["prefill"] = [bench.prompt]
@@ -88,6 +91,7 @@ def _on_cpu(
 def _on_cuda(bench: Bench, names: Sequence[str], shapes: Sequence[Shape]) -> Iterator[Row | Memory]:
     jobs = {
         "decode": [(1, bench.prompt)],
+        **{form: [(1, bench.prompt)] for form in FORMATS},
         "context": [(1, bench.prompt // 3), (1, 4 * bench.prompt)],
         "batch": [(8, bench.prompt), (32, bench.prompt)],
         "prefill": [bench.prompt - bench.prompt // 30],

@@ -162,17 +162,17 @@ NAMES = (*BACKENDS, "triton")
 OLDEST = (8, 0)  # the compute capability from which on the kernels were compiled: Ampere
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(name: str, device: torch.device, dtype: torch.dtype, form: str | None = None) -> Backend:
     """The backend of that name. `auto` is `cpu` on a CPU where it can run, else `sdpa`: `triton` has to be asked for,
-    until its tests have passed on a GPU.
+    until its tests have passed on a GPU. form: what the decoder's weights are quantised to, if they are.
 
     Raises InputError for a backend that is not known, or that cannot run here, with the reason.
     """
     if name not in ("auto", *NAMES):
         raise InputError(f"backend {name!r} is not known, expected auto, {' or '.join(NAMES)}")
     if name == "auto":
-        name = "cpu" if _obstacle("cpu", device, dtype) is None else "sdpa"
-    if obstacle := _obstacle(name, device, dtype):
+        name = "cpu" if _obstacle("cpu", device, dtype, form) is None else "sdpa"
+    if obstacle := _obstacle(name, device, dtype, form):
         raise InputError(f"backend {name}: {obstacle}")
     if name != "triton":
         return BACKENDS[name]
@@ -181,12 +181,13 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     return TRITON
 
 
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run on this device with this type; None if it can."""
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, form: str | None) -> str | None:
+    """Why a backend cannot run on this device with this type and these weights; None if it can."""
     if name == "cpu" and device.type != "cpu":
         return f"found device {device}, expected cpu"
-    if name == "cpu" and (reason := cpu.lacks(dtype)) is not None:
-        return f"no packed products of {dtype} ({reason}), expected another type or backend"
+    if name == "cpu" and (reason := cpu.lacks(dtype, form)) is not None:
+        what = dtype if form is None else f"{dtype} with {form} weights"
+        return f"no packed products of {what} ({reason}), expected another type or backend"
     return _triton_obstacle(device) if name == "triton" else None
 
 

@@ -20,14 +20,17 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from minivlm.errors import InputError
 from minivlm.ops.attention import attend_rows, fused
+from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
+from minivlm.ops.quantised import QuantisedLinear
 from minivlm.ops.rope import rope_table, rotate
 from minivlm.ops.rows import Rows
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one module that read the same input
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
 MANY = 32  # rows from which on plain weights are multiplied layer by layer
+LINEAR, QUANTISED = (nn.Linear, QuantisedLinear), (QuantisedLinear, QuantisedGroup)
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
@@ -41,9 +44,12 @@ def packs() -> bool:
     return not torch.cpu._is_amx_tile_supported()
 
 
-def lacks(dtype: torch.dtype) -> str | None:
-    """Why this backend cannot compute in a type here, or None."""
-    return missing(dtype) if packs() else None
+def lacks(dtype: torch.dtype, form: str | None) -> str | None:
+    """Why this backend cannot compute here in a type, with weights quantised to a format if one is given; or None."""
+    reason = missing(dtype) if packs() else None
+    if reason is None and form is not None:
+        reason = missing_quantised(form, dtype)
+    return reason
 
 
 @cache
@@ -88,6 +94,7 @@ class Group(nn.Module):
     def __init__(self, linears: Sequence[nn.Linear], packed: bool):
         super().__init__()
         self.packed, self.sizes = packed, [linear.out_features for linear in linears]
+        self.inputs = linears[0].in_features
         weight = _joined([linear.weight for linear in linears])
         self.weight = nn.Parameter(_reordered(weight), requires_grad=False) if packed else weight
         biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -120,10 +127,10 @@ def _joined(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
 class GroupedLinear(nn.Module):
     """What stands in the place of an nn.Linear: layer number `index` of a group."""
 
-    def __init__(self, group: Group, index: int):
+    def __init__(self, group: Group | QuantisedGroup, index: int):
         super().__init__()
         self.group, self.index = group, index
-        self.out_features, self.in_features = group.sizes[index], group.weight.shape[1]
+        self.out_features, self.in_features = group.sizes[index], group.inputs
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.group(x)
@@ -154,13 +161,16 @@ def prepare(model: nn.Module) -> None:
     model.requires_grad_(False)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     # Without the linear layers themselves: whoever holds them holds their weights, until the last is joined.
-    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        plain = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    for module in [module for module in model.modules() if not isinstance(module, LINEAR)]:
+        plain = {name: child for name, child in module.named_children() if isinstance(child, LINEAR)}
         groups = [names for names in GROUPS if set(names) <= set(plain)]
         joined = {name for names in groups for name in names}
         for names in (*groups, *((name,) for name in plain if name not in joined)):
             tied = id(plain[names[0]].weight) in embeddings
-            group = Group([plain.pop(name) for name in names], packed and not tied)
+            linears = [plain.pop(name) for name in names]
+            quantised = isinstance(linears[0], QuantisedLinear)
+            group = QuantisedGroup(linears) if quantised else Group(linears, packed and not tied)
+            del linears
             for index, name in enumerate(names):
                 setattr(module, name, GroupedLinear(group, index))
 
@@ -169,6 +179,8 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a model by its name, once, in the usual order; joined ones are taken apart one at a time."""
     seen = set()
     for prefix, module in model.named_modules():
+        if isinstance(module.group if isinstance(module, GroupedLinear) else module, QUANTISED):
+            raise InputError(f"{prefix}: its weights were quantised while loading, expected weights as stored")
         if isinstance(module, GroupedLinear):
             values = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
         elif isinstance(module, Group):

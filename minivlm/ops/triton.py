@@ -23,6 +23,7 @@ from minivlm.ops import activations
 from minivlm.ops.backend import Backend, rope
 from minivlm.ops.cpu import GROUPS
 from minivlm.ops.norms import RMSNorm
+from minivlm.ops.quantised import QuantisedLinear, widened
 from minivlm.ops.triton_attention import attention, sight, vision_attention
 from minivlm.ops.triton_decoding import decoding
 from minivlm.ops.triton_sampler import sampler
@@ -39,17 +40,39 @@ def pack(model: nn.Module) -> None:
     weight = next(model.parameters())
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         raise InputError("backend triton: Triton's interpreter computes bfloat16 wrongly, expected dtype float32")
-    for module in model.modules():
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is QuantisedLinear:
+                setattr(module, name, SkinnyLinear(child.weight, child.scale))
         children = dict(module.named_children())
         for names in GROUPS:
             if all(name in children for name in names):
                 linears = [children[name] for name in names]
-                _lay_end_to_end([linear.weight for linear in linears])
-                if linears[0].bias is not None:
-                    _lay_end_to_end([linear.bias for linear in linears])
+                for part in ("weight", "bias", "scale"):
+                    if parts := _parts(linears, part):
+                        _lay_end_to_end(parts)
 
 
-def _lay_end_to_end(parameters: Sequence[nn.Parameter]) -> None:
+class SkinnyLinear(QuantisedLinear):
+    """A quantised layer whose product with few rows is the kernel's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., D] -> [.., V]"""
+        return skinny_linear(x, self.weight, self.scale, None, 0.0, None, False) if _few(x) else super().forward(x)
+
+
+def _parts(linears: Sequence[nn.Module], name: str) -> list[Tensor]:
+    """The layers' tensors of a name; none if they have none."""
+    if name == "scale":
+        return [linear.scale for linear in linears if isinstance(linear, QuantisedLinear)]
+    if name == "bias":
+        return [linear.bias for linear in linears if linear.bias is not None]
+    return [linear.weight for linear in linears]
+
+
+def _lay_end_to_end(parameters: Sequence[Tensor]) -> None:
+    if joined(parameters) is not None:
+        return
     sizes = [len(parameter) for parameter in parameters]
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, whole.split(sizes), strict=True):
@@ -79,16 +102,15 @@ def _multiplies_bfloat16() -> bool:
 
 def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """Normalise x [.., D] and project it by each of the linears, whose weights make one product."""
-    biased = linears[0].bias is not None
-    weight = joined([linear.weight for linear in linears])
-    bias = joined([linear.bias for linear in linears]) if biased else None
-    if weight is None or (biased and bias is None):
+    weight, scale, biases = joined(_parts(linears, "weight")), _scale(linears), _parts(linears, "bias")
+    bias = joined(biases) if biases else None
+    if weight is None or (biases and bias is None):
         unit = _normalised(x, norm)
         return tuple(linear(unit) for linear in linears)
-    if _few(x) and isinstance(norm, RMSNorm) and not biased:
-        y = skinny_linear(x, weight, None, norm.weight, norm.eps, None, False)
+    if _few(x) and isinstance(norm, RMSNorm) and bias is None:
+        y = skinny_linear(x, weight, scale, norm.weight, norm.eps, None, False)
     else:
-        y = product(_normalised(x, norm), weight, bias)
+        y = product(_normalised(x, norm), _wide(weight, scale, x.dtype), bias)
     return y.split([linear.out_features for linear in linears], dim=-1)
 
 
@@ -96,13 +118,16 @@ def decoder_end(
     x: Tensor, heads: Tensor, output: nn.Linear, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear
 ) -> Tensor:
     """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
-    gate_up = joined([gate.weight, up.weight])
+    gate_up, scale = joined([gate.weight, up.weight]), _scale((gate, up))
     if _few(x) and gate_up is not None:
-        x = skinny_linear(heads, output.weight, None, None, 0.0, x, False)
-        inner = skinny_linear(x, gate_up, None, norm.weight, norm.eps, None, True)  # [S, F]
-        return skinny_linear(inner, down.weight, None, None, 0.0, x, False)
+        x = skinny_linear(heads, output.weight, _scale((output,)), None, 0.0, x, False)
+        inner = skinny_linear(x, gate_up, scale, norm.weight, norm.eps, None, True)  # [S, F]
+        return skinny_linear(inner, down.weight, _scale((down,)), None, 0.0, x, False)
     x, unit = add_rms_norm(output(heads), x, norm.weight, norm.eps)
-    halves = (gate(unit), up(unit)) if gate_up is None else product(unit, gate_up).chunk(2, dim=-1)
+    if gate_up is None:
+        halves = gate(unit), up(unit)
+    else:
+        halves = product(unit, _wide(gate_up, scale, x.dtype)).chunk(2, dim=-1)
     return x + down(swiglu(*halves))
 
 
@@ -119,6 +144,17 @@ def encoder_end(
     x, unit = add_layer_norm(output(heads), x, norm.weight, norm.bias, norm.eps)
     inner = BIASED[activation](product(unit, fc1.weight), fc1.bias) if activation in BIASED else activation(fc1(unit))
     return x + fc2(inner)
+
+
+def _scale(linears: Sequence[nn.Module]) -> Tensor | None:
+    """The joined scales of quantised layers, None of others."""
+    scales = _parts(linears, "scale")
+    return joined(scales) if scales else None
+
+
+def _wide(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A joined weight as cuBLAS multiplies it."""
+    return weight if scale is None else widened(weight, scale, dtype)
 
 
 def _few(x: Tensor) -> bool:

@@ -138,7 +138,7 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["decoed"], "no row 'decoed' on cpu, expected some of decode, context"),
+        (["decoed"], "no row 'decoed' on cpu, expected some of decode, int8, int4, context"),
         (["vision"], "no row 'vision' on cpu"),
         (["--threads", "0"], "--threads: found 0, expected at least 1"),
         (["--backend", "fast"], "backend 'fast' is not known"),
