@@ -1,7 +1,9 @@
 """The machine and its clock: what it is, how fast it reads and multiplies, and medians of interleaved runs."""
 
+import ctypes
 import platform
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,40 @@ def rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:
     """Operations a second of a square matrix product in this type, two a multiplication."""
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     return 2 * side**3 / interleaved({"": Contender(lambda: left @ right)}, 7, device)[""]
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """The most memory that a run holds beyond what there was before: on CUDA what PyTorch allocated, else anonymous."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and a run would take it from there unseen
+    peak = PeakMemory()
+    peak.start()
+    run()
+    peak.ended.set()
+    peak.join()
+    return peak.largest - peak.first
+
+
+class PeakMemory(threading.Thread):
+    """The largest anonymous memory of this process, read every 2 ms."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self.first = self.largest = _anonymous()
+
+    def run(self):
+        while not self.ended.wait(0.002):
+            self.largest = max(self.largest, _anonymous())
+
+
+def _anonymous() -> int:
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def machine(device: torch.device, backend: str) -> dict[str, str]:

@@ -139,7 +139,7 @@ class Pair:
         rows = Rows.causal([1] * batch, [context] * batch)
         _fill(cache)
         past = transformers.DynamicCache(config=self.theirs.config)
-        for layer in range(self.shape.layers):
+        for layer in range(self.shape.layers if attentions else 0):
             past.update(cache.keys[layer, :, :, :context], cache.values[layer, :, :, :context], layer)
 
         step = self.ours.backend.decoding(self.ours, cache)  # the step that generation takes
@@ -196,8 +196,8 @@ class Pair:
 
 
 def _fill(cache: KVCache) -> None:
-    for tensor in (cache.keys, cache.values):
-        tensor.copy_(random_weight(tensor.shape, tensor.dtype, tensor.device))
+    for layer in (*cache.keys, *cache.values):  # one at a time: what fills it should not count as its memory
+        layer.copy_(random_weight(layer.shape, layer.dtype, layer.device))
 
 
 def random_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

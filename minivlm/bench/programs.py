@@ -5,11 +5,9 @@ and prints the peak of its memory.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from statistics import median
 import torch
 
 from minivlm import checkpoint, hub
+from minivlm.bench.measure import PeakMemory
 from minivlm.bench.models import SHAPES, Shape, random_weight
 from minivlm.bench.report import Floor, Memory, Row
 from minivlm.errors import InputError
@@ -112,36 +111,19 @@ def _write(folder: Path, shape: Shape) -> int:
     return sum(weight.nbytes for weight in weights.values())
 
 
-class _Peak(threading.Thread):
-    """The largest anonymous memory of this process, read every 2 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.first = self.largest = _anonymous()
-
-    def run(self):
-        while True:
-            self.largest = max(self.largest, _anonymous())
-            time.sleep(0.002)
-
-
-def _anonymous() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
 def child(who: str, folder: str) -> int:
     """Load and compute as `who` does; returns the peak of bytes above those at the start."""
     ids = torch.arange(POSITIONS) + 10
     if who == "transformers":
         from transformers import AutoModelForImageTextToText
 
-        peak = _Peak()
+        peak = PeakMemory()
         peak.start()
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
         with torch.inference_mode():
             model.generate(input_ids=ids[None], max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False)
         return peak.largest - peak.first
-    peak = _Peak()
+    peak = PeakMemory()
     peak.start()
     backend = choose("auto", torch.device("cpu"), torch.bfloat16)
     decoder = checkpoint.load(folder, "cpu", "bfloat16", backend, progress=False)[0].language_model

@@ -40,6 +40,7 @@ class Row:
     name      as in `minivlm bench NAME`; setting: what was run
     seconds   median of minivlm's time; peers: medians of the others' in the same run, by name
     tokens    produced in that time, 0 where the row makes none; context: positions in the cache before it
+    size      of what is varied, 0 where nothing is; memory: bytes that it took beside the weights
     note      what a reader must know
     """
 
@@ -51,6 +52,8 @@ class Row:
     tokens: int = 0
     batch: int = 1
     context: int = 0
+    size: int = 0
+    memory: int = 0
     note: str = ""
 
     @property
@@ -117,7 +120,9 @@ def _cells(row: Row | Memory) -> tuple[str, ...]:
     share = "" if row.share is None else f"{row.share:.0%}"
     floor = "" if row.floor is None else milli(row.floor.seconds)
     speed = f"{row.tokens / row.seconds:.1f}" if row.tokens else ""
-    return row.name, row.setting, floor, milli(row.seconds), share, speed, f"{others}{row.note and '; ' + row.note}"
+    memory = f"{row.memory / 1e6:.1f} MB" if row.memory else ""
+    rest = "; ".join(part for part in (others, memory, row.note) if part)
+    return row.name, row.setting, floor, milli(row.seconds), share, speed, rest
 
 
 def milli(seconds: float) -> str:
@@ -127,7 +132,8 @@ def milli(seconds: float) -> str:
 
 
 def plot(rows: Sequence[Row | Memory], path: Path) -> None:
-    """Tokens per second against context and against batch size, with the floor and the peers, as a picture file.
+    """Tokens per second against context and against batch size, with the floor and the peers, and how time and memory
+    grow, as a picture file.
 
     Raises InputError where matplotlib is missing, or where no row has a speed.
     """
@@ -137,11 +143,41 @@ def plot(rows: Sequence[Row | Memory], path: Path) -> None:
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install 'minivlm[train]'") from error
     timed = [row for row in rows if isinstance(row, Row) and row.tokens and row.context]
-    if not _series(timed, "context") and not _series(timed, "batch"):
+    grown = [row for row in rows if isinstance(row, Row) and row.size]
+    speeds = bool(_series(timed, "context") or _series(timed, "batch"))
+    if not speeds and not grown:
         raise InputError("--plot: no two of the rows measured differ in context or batch alone")
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    figure = Figure(figsize=(14, 4.5 * (speeds + bool(grown))), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, axis, rest in zip(figure.subplots(1, 2), ("context", "batch"), ("batch", "context"), strict=True):
+    panels = list(figure.subplots(speeds + bool(grown), 2, squeeze=False))
+    if speeds:
+        _plot_speed(panels[0], timed)
+    if grown:
+        _plot_growth(panels[-1], grown)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_growth(panels: Sequence, rows: Sequence[Row]) -> None:
+    """Seconds and bytes against size, one line for all rows that vary the same."""
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        what, _, size = row.setting.rpartition(", ")
+        series.setdefault(f"{what}, by {size.split()[-1]}", []).append(row)
+    for what, points in series.items():
+        at = [row.size for row in points]
+        (line,) = panels[0].plot(at, [row.seconds for row in points], marker="o", label=what)
+        for peer in points[0].peers:
+            times = [row.peers[peer] for row in points]
+            panels[0].plot(at, times, color=line.get_color(), linestyle="--", marker=".", label=f"{what}: {peer}")
+        panels[1].plot(at, [row.memory / 1e6 for row in points], color=line.get_color(), marker="o", label=what)
+    for axes, label in zip(panels, ("seconds", "MB beside the weights"), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="size", ylabel=label)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _plot_speed(panels: Sequence, timed: Sequence[Row]) -> None:
+    """Tokens a second against context and against batch."""
+    for axes, axis, rest in zip(panels, ("context", "batch"), ("batch", "context"), strict=True):
         for setting, points in _series(timed, axis).items():
             points = sorted(points, key=lambda row: row.context if axis == "context" else row.batch)
             at = [row.context if axis == "context" else row.batch for row in points]
@@ -154,7 +190,6 @@ def plot(rows: Sequence[Row | Memory], path: Path) -> None:
         axes.set(ylim=(0, None), xlabel=f"{axis} (the same {rest})", ylabel="tokens per second")
         if _series(timed, axis):
             axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
 
 
 def _series(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:

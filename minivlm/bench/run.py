@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from minivlm.bench import cuda, programs
+from minivlm.bench.growth import growth
 from minivlm.bench.measure import machine
 from minivlm.bench.models import SHAPES, Shape
 from minivlm.bench.report import Memory, Report, Row
@@ -16,7 +17,8 @@ from minivlm.ops.quantised import FORMATS
 DECODER = ("decode", *FORMATS, "context", "batch", "prefill")
 ON_CPU = (*DECODER, "shipped", "shell", "memory")
 ON_CUDA = (*DECODER, "vision", "first", "sampling", "attention", "shipped", "shell")
-NAMES = tuple(dict.fromkeys((*ON_CPU, *ON_CUDA)))
+ASKED = ("growth",)  # what runs only by name
+NAMES = tuple(dict.fromkeys((*ON_CPU, *ON_CUDA, *ASKED)))
 ROUNDS, QUICK_ROUNDS = 12, 4
 TYPES = (torch.bfloat16, torch.float32)
 
@@ -38,8 +40,9 @@ def run(
     Raises InputError for a row that the device does not have.
     """
     offered = ON_CUDA if device.type == "cuda" else ON_CPU
-    if unknown := [name for name in names if name not in offered]:
-        raise InputError(f"bench: no row {unknown[0]!r} on {device.type}, expected some of {', '.join(offered)}")
+    if unknown := [name for name in names if name not in (*offered, *ASKED)]:
+        known = ", ".join((*offered, *ASKED))
+        raise InputError(f"bench: no row {unknown[0]!r} on {device.type}, expected some of {known}")
     chosen = choose(backend, device, torch.bfloat16).name
     bench = Bench(
         device,
@@ -86,6 +89,8 @@ def _on_cpu(
         yield programs.shell_to_answer(max(3, bench.rounds // 3))
     if "memory" in names:
         yield programs.peak_memory(shapes[0])
+    if "growth" in names:
+        yield from growth(bench, shapes[0])
 
 
 def _on_cuda(bench: Bench, names: Sequence[str], shapes: Sequence[Shape]) -> Iterator[Row | Memory]:
@@ -113,3 +118,5 @@ def _on_cuda(bench: Bench, names: Sequence[str], shapes: Sequence[Shape]) -> Ite
         yield shipped(bench)
     if "shell" in names:
         yield programs.shell_to_answer(3)
+    if "growth" in names:
+        yield from growth(bench, shapes[0])

@@ -1,12 +1,13 @@
 """Every row is produced at tiny sizes, by the same code as at full size. No times are judged."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from minivlm import cli
-from minivlm.bench import cuda, measure, models, programs, rows
+from minivlm.bench import cuda, growth, measure, models, programs, report, rows
 from minivlm.bench import run as bench
 from minivlm.bench.measure import Contender
 from minivlm.bench.models import Pair, Shape
@@ -40,18 +41,18 @@ def tiny_bench():
 
 def test_decoder_rows():
     told = []
-    report = bench.run(
+    found = bench.run(
         ["decode", "context", "batch", "prefill"], CPU, "auto", threads=(1, 2), shapes=(TINY, TINY), prompt=20,
         told=told.append,
     )  # fmt: skip
-    assert tuple(told) == report.rows
-    first = [(row.name, row.batch, row.context) for row in report.rows if "bfloat16, " in row.setting]
+    assert tuple(told) == found.rows
+    first = [(row.name, row.batch, row.context) for row in found.rows if "bfloat16, " in row.setting]
     expected = [("decode", 1, 20), ("context", 1, 60), ("prefill", 1, 0), ("batch", 2, 20), ("batch", 8, 20)]
     assert first[:5] == first[5:10] == expected  # with one thread, then with two
-    assert all(set(row.peers) == {"eager", "sdpa"} and row.seconds > 0 for row in report.rows)
-    assert all(row.floor.seconds > 0 and row.share > 0 for row in report.rows)
-    assert {row.setting.split(", ")[-1] for row in report.rows} == {"1 thread", "2 threads"}
-    assert report.machine["backend"] == "cpu" and report.machine["chip"]
+    assert all(set(row.peers) == {"eager", "sdpa"} and row.seconds > 0 for row in found.rows)
+    assert all(row.floor.seconds > 0 and row.share > 0 for row in found.rows)
+    assert {row.setting.split(", ")[-1] for row in found.rows} == {"1 thread", "2 threads"}
+    assert found.machine["backend"] == "cpu" and found.machine["chip"]
 
 
 def test_shipped_row_answers_alike(tiny_bench):
@@ -91,6 +92,31 @@ def test_cuda_rows_at_tiny_sizes(tiny_bench, monkeypatch):
     assert [row.name for row in found] == ["vision", "first", "sampling", "sampling", "attention", "attention"]
     assert all(row.seconds > 0 and row.floor.seconds > 0 for row in found)
     assert found[1].setting == "tiny, bfloat16, 55 positions"  # 9 + 6 * 7 of the picture, and 4
+
+
+def test_growth_rows(tiny_bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "ROWS", (1, 3))
+    found = list(growth.growth(tiny_bench, TINY, VISION, scale=0.02))
+    by_unit = {}
+    for row in found:
+        by_unit.setdefault(row.setting.split()[-1], []).append(row)
+    sizes = {unit: [row.size for row in group] for unit, group in by_unit.items()}
+    expected = {
+        "keys": [10, 20, 40, 80, 160],
+        "rows": [1, 3],
+        "positions": [5, 10, 20, 40, 80],
+        "tiles": [1, 2, 3, 4, 5],
+    }
+    assert sizes == expected
+    assert all(("power" in row.note) == (i > 0) for group in by_unit.values() for i, row in enumerate(group))
+    assert all(set(row.peers) == {"sdpa"} for unit in ("keys", "rows", "positions") for row in by_unit[unit])
+    report.plot(found, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_peak_bytes_sees_what_a_run_holds():
+    held = measure.peak_bytes(CPU, lambda: (torch.ones(50_000_000), time.sleep(0.02)))
+    assert 0.9 < held / 200e6 < 1.2
 
 
 def test_memory_row():
