@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minivlm.errors import InputError
+from minivlm.ops.joined import places
 from minivlm.shards import StoredTensor, read_tensors
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -58,12 +59,14 @@ class Filling:
             module.language_model.lm_head.weight = module.language_model.embed_tokens.weight
 
     def _converted(self, sources: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-        """The values of these parameters, one stored tensor at a time."""
+        """The values of these parameters, one stored tensor at a time; those of one product end to end."""
         parameters = {tensor.name: name for name, tensor in sources.items()}
         tensors = {tensor.name: tensor for tensor in sources.values()}.values()
-        state = {}
+        # What is right as it is stored needs no place of its own.
+        changed = {name: tensor.shape for name, tensor in sources.items() if self._changes(tensor)}
+        state, place = {}, places(changed, self.dtype, self.device)
         for tensor, read in read_tensors(tensors):
-            values = _cast(read.to(self.device), self.dtype)  # to a GPU as stored, in half the bytes of float32
+            values = self._cast(read, place.pop(parameters[tensor.name], None))
             if not _is_finite(values):
                 fault = f"values too large for {self.dtype}" if _is_finite(read) else "NaN or infinity"
                 raise InputError(f"{tensor.file}: {tensor.name} holds {fault}")
@@ -71,20 +74,27 @@ class Filling:
             self.bar.update(nbytes(tensor))
         return state
 
+    def _changes(self, tensor: StoredTensor) -> bool:
+        return self.device.type != "cpu" or STORED_DTYPES[tensor.dtype] != self.dtype
+
+    def _cast(self, read: Tensor, place: Tensor | None) -> Tensor:
+        """The values in the model's type on its device, in their place if they have one.
+
+        A CPU goes between the 16-bit types twice as fast through float32, piece by piece. A GPU gets the values as
+        stored, which has half the bytes of float32.
+        """
+        if self.device.type != "cpu" or {read.dtype, self.dtype} != {torch.float16, torch.bfloat16}:
+            values = read.to(self.device)
+            return values.to(self.dtype) if place is None else place.copy_(values)
+        result = torch.empty_like(read, dtype=self.dtype) if place is None else place
+        for piece, part in zip(read.flatten().split(PIECE), result.view(-1).split(PIECE), strict=True):
+            part.copy_(piece.float())
+        return result
+
 
 def nbytes(tensor: StoredTensor) -> int:
     """Of the stored values."""
     return torch.Size(tensor.shape).numel() * STORED_DTYPES[tensor.dtype].itemsize
-
-
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """values.to(dtype). A CPU goes between the 16-bit types twice as fast through float32, piece by piece."""
-    if values.device.type != "cpu" or {values.dtype, dtype} != {torch.float16, torch.bfloat16}:
-        return values.to(dtype)
-    result = torch.empty_like(values, dtype=dtype)
-    for piece, place in zip(values.flatten().split(PIECE), result.view(-1).split(PIECE), strict=True):
-        place.copy_(piece.float())
-    return result
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -21,13 +21,13 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 from minivlm.errors import InputError
 from minivlm.ops.attention import attend_rows, fused
 from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
+from minivlm.ops.joined import GROUPS, joined
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear
 from minivlm.ops.rope import rope_table, rotate
 from minivlm.ops.rows import Rows
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one module that read the same input
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
 MANY = 32  # rows from which on plain weights are multiplied layer by layer
 LINEAR, QUANTISED = (nn.Linear, QuantisedLinear), (QuantisedLinear, QuantisedGroup)
@@ -118,10 +118,12 @@ class Group(nn.Module):
 
 
 def _joined(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One alone stays the parameter that it is; several become one of their rows."""
+    """One alone stays the parameter that it is; several become one of their rows, if they are not that already."""
     if len(parameters) == 1:
         return parameters[0]
-    return nn.Parameter(torch.cat([parameter.detach() for parameter in parameters]), requires_grad=False)
+    tensors = [parameter.detach() for parameter in parameters]
+    whole = joined(tensors)
+    return nn.Parameter(torch.cat(tensors) if whole is None else whole, requires_grad=False)
 
 
 class GroupedLinear(nn.Module):

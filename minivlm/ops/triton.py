@@ -21,7 +21,7 @@ from minivlm.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_
 from minivlm.kernels.skinny import MOST_ROWS, plain_skinny_linear, skinny_linear
 from minivlm.ops import activations
 from minivlm.ops.backend import Backend, rope
-from minivlm.ops.cpu import GROUPS
+from minivlm.ops.joined import GROUPS, joined
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear, widened
 from minivlm.ops.triton_attention import attention, sight, vision_attention
@@ -77,20 +77,6 @@ def _lay_end_to_end(parameters: Sequence[Tensor]) -> None:
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, whole.split(sizes), strict=True):
         parameter.data = part
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The one tensor [V_1 + V_2 + .., D] that these [V_i, D] are parts of, without a copy; None if `pack` was not here.
-
-    `model.to` also parts them, so it is seen from where they lie.
-    """
-    first = tensors[0]
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for tensor in tensors:
-        if tensor.untyped_storage().data_ptr() != storage or tensor.data_ptr() != end or not tensor.is_contiguous():
-            return None
-        end += tensor.nbytes
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def _multiplies_bfloat16() -> bool:
