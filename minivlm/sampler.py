@@ -23,6 +23,7 @@ from minivlm.errors import InputError, NumericError
 WORD = 0xFFFFFFFF  # Philox works on 32-bit words, kept here in int64 tensors
 
 TINY, LARGEST = math.ulp(0.0), sys.float_info.max  # the smallest number above 0; the largest below infinity
+NOTHING_ALLOWED = "allowed: found no id of positive probability, expected at least one"
 RANGES = {  # field of Sampling: type, lowest, highest, and both in words
     "temperature": (float, 0, LARGEST, "0 (greedy) or a positive finite number"),
     "top_k": (int, 1, math.inf, "an integer of at least 1, or None to keep every id"),
@@ -85,6 +86,11 @@ class Sampling:
         """True when the best score is taken and nothing is drawn."""
         return self.temperature == 0 or (self.temperature is None and not self._drawing())
 
+    @property
+    def plain(self) -> bool:
+        """True when nothing is asked for but the best score."""
+        return self.greedy and self.repetition_penalty == 1 and self.top_logprobs == 0
+
     def seeded(self) -> "Sampling":
         """Itself, or a copy with a fresh seed if it draws and has none; once a request, so it can be told."""
         if self.greedy or self.seed is not None:
@@ -139,15 +145,35 @@ def sample(
             f"allowed: found {allowed.dtype} {list(allowed.shape)}, "
             f"expected torch.bool [{vocabulary}] or [{rows}, {vocabulary}]"
         )
+    if all(sampling.plain for sampling in samplings):
+        return _best_of_each(logits.detach().float(), positions, allowed)
     largest = logits.amax(dim=-1).tolist()  # one transfer for all rows; a maximum passes NaN on
+    _require_finite(largest, positions)
+    masks = allowed.expand(rows, vocabulary)  # [B, V]
+    arguments = zip(logits.detach().float(), samplings, positions, seen, masks, strict=True)
+    return tuple(_choose(*row) for row in arguments)
+
+
+def _require_finite(largest: Sequence[float], positions: Sequence[int]) -> None:
     for row, (found, position) in enumerate(zip(largest, positions, strict=True)):
         if not math.isfinite(found):
             raise NumericError(
                 f"logits of row {row}, position {position}: the largest is {found}, expected a finite number"
             )
-    masks = allowed.expand(rows, vocabulary)  # [B, V]
-    arguments = zip(logits.detach().float(), samplings, positions, seen, masks, strict=True)
-    return tuple(_choose(*row) for row in arguments)
+
+
+def _best_of_each(logits: torch.Tensor, positions: Sequence[int], allowed: torch.Tensor) -> tuple[Choice, ...]:
+    """What `_choose` gives for plain greedy rows, of all of them at once: ten small operators, where a row takes 20."""
+    scores = logits.where(allowed, -math.inf)  # [B, V]
+    ids = scores.argmax(dim=-1, keepdim=True)  # [B, 1]
+    both = torch.stack((logits, scores)).log_softmax(dim=-1)
+    raw, sampled = both.gather(-1, ids.expand(2, -1, -1)).squeeze(-1).tolist()
+    if any(map(math.isnan, raw)):  # one NaN, one +inf or nothing finite makes every logarithm NaN
+        _require_finite(logits.amax(dim=-1).tolist(), positions)
+    if any(map(math.isnan, sampled)):
+        raise InputError(NOTHING_ALLOWED)
+    chosen = ids.squeeze(-1).tolist()
+    return tuple(Choice(*row, ()) for row in zip(chosen, raw, sampled, strict=True))
 
 
 def _choose(
@@ -170,13 +196,14 @@ def _choose(
         id=chosen,
         logprob=float(logprobs[chosen]),
         sampled_logprob=float(scores.log_softmax(dim=-1)[chosen]),
-        alternatives=_best(logprobs.masked_fill(~allowed, -math.inf), sampling.top_logprobs),
+        alternatives=_best(logprobs, allowed, sampling.top_logprobs),
     )
 
 
-def _best(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+def _best(logprobs: torch.Tensor, allowed: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
     if count == 0:
         return ()
+    logprobs = logprobs.masked_fill(~allowed, -math.inf)
     values, ids = logprobs.sort(descending=True, stable=True)  # topk promises no order among equals
     pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
     return tuple((token_id, value) for token_id, value in pairs if value > -math.inf)
@@ -202,7 +229,7 @@ def warp(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
         if float(scores.max()) == -math.inf:
-            raise InputError("allowed: found no id of positive probability, expected at least one")
+            raise InputError(NOTHING_ALLOWED)
     if sampling.repetition_penalty != 1:
         scores = _penalise(scores, seen, float(sampling.repetition_penalty))
     if sampling.temperature is not None and not sampling.greedy:

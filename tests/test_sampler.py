@@ -377,3 +377,16 @@ def test_arguments_that_do_not_fit_are_an_error():
         sample(logits, two, [0, 0], [(), ()], torch.zeros(8, dtype=torch.bool))
     with pytest.raises(InputError, match="position: found -1"):
         draw(logits[0], Sampling(seed=0), position=-1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_plain_greedy_rows_together_are_as_one_by_one(dtype):
+    """Rows that ask for nothing else take a shorter way to the same choices, ties included."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 300, generator=generator).mul(4).to(dtype)
+    logits[1, 7:40] = logits.max() + 1
+    allowed = torch.rand(5, 300, generator=generator) < 0.5
+    for mask in (None, allowed[0], allowed):
+        together = sample(logits, [Sampling()] * 5, [9] * 5, [()] * 5, mask)
+        with_more = sample(logits, [Sampling(top_logprobs=1)] * 5, [9] * 5, [()] * 5, mask)
+        assert together == tuple(dataclasses.replace(choice, alternatives=()) for choice in with_more)

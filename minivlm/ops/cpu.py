@@ -3,7 +3,8 @@
 - Linear layers that read the same input (q, k, v; gate, up) are one product.
 - Which product is fastest depends on the processor, see `packs`. Either the weights lie in the order in which oneDNN's
   kernels read them, packed once, after loading (the operators for it are private to PyTorch, so `missing` tries them
-  before the backend is chosen); or they stay as they are, and a single row is multiplied as a vector.
+  before the backend is chosen); or they stay as they are, and a single row is multiplied as a vector. Small ones of
+  16 bits lie by columns, see `SMALL`.
 - The query heads of a group stand as query rows, so a step reads a cached key once and not once a query head.
 - Rotary angles are looked up.
 
@@ -11,8 +12,8 @@ Joined and packed weights have no gradient. They are made module by module and e
 there is never a second copy of the weights; a head that is tied to the embeddings is not packed, which would copy it.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,12 @@ from minivlm.ops.rows import Rows
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
 MANY = 32  # rows from which on plain weights are multiplied layer by layer
 LINEAR, QUANTISED = (nn.Linear, QuantisedLinear), (QuantisedLinear, QuantisedGroup)
+# Weights of 16 bits, at most so many numbers and no bias are not packed but lie by columns: one row's product is then
+# the sum of the columns, weighted by the row, which is what embedding_bag computes. oneDNN spends 15 us on any product
+# before it begins. Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256 24 / 25 / 7,
+# 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32, which as a vector does not go
+# through oneDNN, 256x256 takes 26 / 12 / 14. Other processors were not measured.
+SMALL = 2**19
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
@@ -77,12 +84,27 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _vector_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [.., K] by weight [N, K] -> [.., N]; a single row as a vector, but in float16, where that is slower."""
-    if x.numel() != x.shape[-1] or x.dtype == torch.float16:
+    """x [.., K] by weight [N, K] -> [.., N]; a single row as a vector."""
+    if x.numel() != x.shape[-1]:
         return linear(x, weight, bias)
-    vector = x.reshape(-1)
-    out = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
-    return out.view(*x.shape[:-1], -1)
+    return of_vector(weight, bias)(x.reshape(-1)).view(*x.shape[:-1], -1)
+
+
+def of_vector(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The fastest product with a weight [N, K] that is not packed: a function of a vector [K] to a vector [N]."""
+    if weight.dtype.itemsize == 2 and bias is None and weight.t().is_contiguous():  # see `prepare`
+        every, first = _bag(weight.shape[1])
+        columns = weight.t()
+        return lambda x: torch.embedding_bag(columns, every, first, mode=0, per_sample_weights=x)[0][0]  # 0: their sum
+    if weight.dtype == torch.float16:  # as a vector it is slower
+        return lambda x: linear(x, weight, bias)
+    return partial(torch.mv, weight) if bias is None else partial(torch.addmv, bias, weight)
+
+
+@cache
+def _bag(size: int) -> tuple[Tensor, Tensor]:
+    """Of `size` rows every one, and where they begin: embedding_bag's indices and offsets."""
+    return torch.arange(size, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 # ---- joined linear layers
@@ -144,7 +166,7 @@ class GroupedLinear(nn.Module):
         if not self.group.packed and len(self.group.sizes) == 1:
             return self.group.weight
         weight = self.group.weight.to_dense() if self.group.packed else self.group.weight
-        return weight.split(self.group.sizes)[self.index].clone()
+        return weight.split(self.group.sizes)[self.index].clone(memory_format=torch.contiguous_format)
 
     @property
     def bias(self) -> Tensor | None:
@@ -152,7 +174,7 @@ class GroupedLinear(nn.Module):
         return None if self.group.bias is None else self.group.bias.split(self.group.sizes)[self.index].clone()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        destination[prefix + "weight"] = self.weight.detach()
+        destination[prefix + "weight"] = self.weight.detach().contiguous()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias
 
@@ -169,12 +191,28 @@ def prepare(model: nn.Module) -> None:
         joined = {name for names in groups for name in names}
         for names in (*groups, *((name,) for name in plain if name not in joined)):
             tied = id(plain[names[0]].weight) in embeddings
-            linears = [plain.pop(name) for name in names]
-            quantised = isinstance(linears[0], QuantisedLinear)
-            group = QuantisedGroup(linears) if quantised else Group(linears, packed and not tied)
-            del linears
+            group = _group([plain.pop(name) for name in names], packed and not tied)
             for index, name in enumerate(names):
                 setattr(module, name, GroupedLinear(group, index))
+
+
+def _group(linears: Sequence[nn.Module], packed: bool) -> Group | QuantisedGroup:
+    """The layers of one input as one."""
+    if isinstance(linears[0], QuantisedLinear):
+        return QuantisedGroup(linears)
+    columns = _small(linears)
+    group = Group(linears, packed and not columns)
+    if columns:
+        group.weight.data = group.weight.t().contiguous().t()  # of tied embeddings too
+    return group
+
+
+def _small(linears: Sequence[nn.Linear]) -> bool:
+    """Whether the weights of a group are to lie by columns: only where embedding_bag has FBGEMM's kernels."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    halves = all(linear.bias is None and linear.weight.dtype.itemsize == 2 for linear in linears)
+    return halves and sum(linear.weight.numel() for linear in linears) <= SMALL
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -228,12 +266,17 @@ def _project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
     """cos and sin for the packed positions, two tensors [S, 1, C], from a table that doubles when outgrown."""
     needed = max(start + n for start, n in zip(rows.starts, rows.lengths, strict=True))
-    size = max(FIRST_POSITIONS, 1 << (needed - 1).bit_length())
+    size = table_size(needed)
     cos, sin = _rope_rows(size, head_dim, theta, dtype, torch.is_inference_mode_enabled())  # [size, 1, C]
     if len(rows.lengths) == 1 and len(rows.segments[0]) == 1:
         return cos[rows.starts[0] : needed], sin[rows.starts[0] : needed]
     positions = rows.positions(device)
     return cos[positions], sin[positions]
+
+
+def table_size(positions: int) -> int:
+    """The rows of a table of so many positions: few sizes, so that one is seldom made."""
+    return max(FIRST_POSITIONS, 1 << (positions - 1).bit_length())
 
 
 @lru_cache(maxsize=4)
@@ -256,7 +299,7 @@ def attention(
     q, k = rotate(q, *angles), rotate(k, *angles)
     if cache is None or max(rows.lengths) > 1:
         return attend_rows(fused, q, k, v, rows, seen, cache, layer)
-    single = _single_by_products if q.dtype != torch.float32 and packs() else _single_by_sdpa
+    single = single_attention(q.dtype)
     outputs = []
     for row, (slot, start) in enumerate(zip(rows.slots, rows.starts, strict=True)):
         keys, values = cache.write(layer, slot, start, k[row, :, None], v[row, :, None])  # [K, start + 1, C]
@@ -266,9 +309,24 @@ def attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def single_attention(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The fastest form of a single query's attention: (q [K, H/K, C], k [K, t, C], v [K, t, C]) -> [K, H/K, C]."""
+    if packs() and dtype != torch.float32:
+        return _single_by_products
+    return _single_by_gqa if dtype == torch.bfloat16 else _single_by_sdpa
+
+
 def _single_by_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [K, H/K, C], k and v [K, t, C] -> [K, H/K, C]."""
     return scaled_dot_product_attention(q[None], k[None], v[None])[0]
+
+
+def _single_by_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, a head a query row. In bfloat16 with AMX, at 300 keys, groups of two take 13 us instead of 20, groups
+    of four as long; in float32 and float16 each key would be read for each head."""
+    return scaled_dot_product_attention(q.view(1, -1, 1, q.shape[2]), k[None], v[None], enable_gqa=True).reshape(
+        q.shape
+    )
 
 
 def _single_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

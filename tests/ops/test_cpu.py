@@ -43,10 +43,12 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
 }
 
 
-@pytest.fixture(params=["packed", "as vectors"], autouse=True)
+@pytest.fixture(params=["packed", "as vectors", "by columns"], autouse=True)
 def form(request, monkeypatch):
-    """Both forms of the products, whichever this processor is given."""
+    """Every form of the products, whichever this processor and these sizes are given."""
     monkeypatch.setattr(cpu, "packs", lambda: request.param == "packed")
+    if request.param != "by columns":
+        monkeypatch.setattr(cpu, "SMALL", 0)
     return request.param
 
 
@@ -179,11 +181,33 @@ def test_any_number_of_rows(rows, dtype):
         assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(expected.abs().max())
 
 
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no fast embedding_bag")
+@pytest.mark.parametrize("tied", (False, True))
+def test_small_weights_of_16_bits_lie_by_columns(form, tied):
+    """Without a bias; so do embeddings that a head is tied to, and what is saved of either is in the usual order."""
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.embed, block.q_proj, block.head = nn.Embedding(40, 24), nn.Linear(24, 24), nn.Linear(24, 40, bias=False)
+    if tied:
+        block.head.weight = block.embed.weight
+    block.to(torch.bfloat16)
+    weight, state = block.head.weight.detach().clone(), {k: v.clone() for k, v in block.state_dict().items()}
+    cpu.prepare(block)
+    assert (block.head.group.weight.stride() == (1, 40)) is (form == "by columns")
+    assert (block.head.weight is block.embed.weight) is tied
+    assert block.q_proj.group.weight.is_contiguous()
+    assert torch.equal(block.embed(torch.tensor([3, 0])), state["embed.weight"][[3, 0]])
+    saved = block.state_dict()
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+    x = torch.randn(1, 24, dtype=torch.bfloat16)
+    torch.testing.assert_close(block.head(x), nn.functional.linear(x, weight), rtol=0.01, atol=0.01)
+
+
 # ---- the operations
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("single", (cpu._single_by_sdpa, cpu._single_by_products))
+@pytest.mark.parametrize("single", (cpu._single_by_sdpa, cpu._single_by_gqa, cpu._single_by_products))
 def test_a_single_query_equals_float64(single, dtype):
     torch.manual_seed(0)
     for kv_heads, group, keys, channels in ((1, 1, 1, 8), (2, 4, 77, 16), (3, 8, 300, 64)):

@@ -1,0 +1,116 @@
+"""A single row's decoding step of the backend `cpu` against the decoder that it is made of."""
+
+import pytest
+import tiny
+import torch
+from test_cpu import CASES, DTYPES, form  # noqa: F401  a fixture: every form of the products
+from torch.profiler import ProfilerActivity, profile
+
+import minivlm
+from minivlm.decoder.mistral import MistralDecoder
+from minivlm.ops.backend import CPU
+from minivlm.ops.cpu_decoding import decoding
+from minivlm.ops.rows import Rows
+from minivlm.sampler import Sampling
+
+LENGTH = 12
+
+
+def decoder_of(folder, dtype) -> MistralDecoder:
+    return minivlm.load(folder, device="cpu", dtype=dtype, backend="cpu").model.language_model
+
+
+def steps(decoder: MistralDecoder, ids: list[int], slot: int, capacity: int, start: int = 3) -> torch.Tensor:
+    """Hidden states of ids from `start` on, one step after the other in a cache that may have to grow."""
+    cache = decoder.new_cache(3, capacity)
+    cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)
+    step, found = decoding(decoder, cache), []
+    decoder(decoder.embed_tokens(torch.tensor(ids[:start])), Rows.causal([start], slots=[slot]), cache)
+    for position in range(start, len(ids)):
+        cache.grow(position + 1)
+        found.append(step([ids[position]], Rows.causal([1], [position], [slot])))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_equal_one_pass(name, tmp_path):
+    """In float32; the cache grows on the way, and the row is not the cache's first."""
+    kind, text, vision, config = CASES[name]
+    decoder = decoder_of(tiny.make_tiny(tmp_path, kind, text=text, vision=vision, config=config), "float32")
+    ids = torch.randint(400, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        whole = decoder(decoder.embed_tokens(torch.tensor(ids)), Rows.causal([LENGTH]), None)[3:]
+        for slot, capacity in ((0, LENGTH), (2, 5)):
+            torch.testing.assert_close(steps(decoder, ids, slot, capacity), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("kind", tiny.MODELS)
+def test_error_in_16_bits_is_that_of_the_decoder(kind, dtype, tiny_of):
+    """Against float32, root mean square: at most 1.1 times that of the same steps through the blocks."""
+    ids = torch.randint(400, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    exact, decoder = (decoder_of(tiny_of(kind).folder, name) for name in (torch.float32, dtype))
+    with torch.inference_mode():
+        expected = exact(exact.embed_tokens(torch.tensor(ids)), Rows.causal([40]), None)[3:]
+        cache, through_blocks = decoder.new_cache(1, 40), []
+        for position, token in enumerate(ids):
+            embedding = decoder.embed_tokens(torch.tensor([token]))
+            through_blocks.append(decoder(embedding, Rows.causal([1], [position]), cache))
+        found, plain = steps(decoder, ids, 1, 40), torch.cat(through_blocks)[3:]
+    errors = [float((hidden.float() - expected).square().mean().sqrt()) for hidden in (found, plain)]
+    assert found.dtype == dtype and 0 < errors[0] <= 1.1 * errors[1], errors
+
+
+def test_rows_come_and_go(tiny_of):
+    """One row, two, the other one: what each stored is what the next step reads."""
+    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
+    ids = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    order = [(0,), (1,), (0, 1), (1,), (0, 1), (0,)]
+    with torch.inference_mode():
+        whole = [decoder(decoder.embed_tokens(torch.tensor(row)), Rows.causal([4]), None) for row in ids]
+        cache, at = decoder.new_cache(2, 4), [0, 0]
+        step = decoding(decoder, cache)
+        for rows in order:
+            hidden = step(
+                [ids[row][at[row]] for row in rows], Rows.causal([1] * len(rows), [at[r] for r in rows], rows)
+            )
+            for row, found in zip(rows, hidden, strict=True):
+                torch.testing.assert_close(found, whole[row][at[row]], rtol=1e-5, atol=1e-5)
+                at[row] += 1
+    assert at == [4, 4]
+
+
+def test_a_position_beyond_the_cache_is_refused(tiny_of):
+    decoder = decoder_of(tiny_of("llava").folder, "float32")
+    step = decoding(decoder, decoder.new_cache(1, 4))
+    with pytest.raises(ValueError, match="position 4 does not fit in a cache of 4 positions"):
+        step([5], Rows.causal([1], [4]))
+
+
+def test_a_model_that_was_not_prepared_takes_the_blocks(tiny_of):
+    config = tiny_of("llava").vlm.model.language_model.config
+    decoder = MistralDecoder(config, CPU).requires_grad_(False)
+    hidden = decoding(decoder, decoder.new_cache(1, 4))([5], Rows.causal([1], [0]))
+    assert torch.equal(hidden, decoder(decoder.embed_tokens(torch.tensor([5])), Rows.causal([1]), None))
+
+
+def test_a_step_calls_few_operators(tiny_of, form):  # noqa: F811
+    """Calls of a greedy token from Python's side: a layer's, the choice's. More would make small models slow again."""
+    if form == "packed":
+        return
+    decoder = decoder_of(tiny_of("next-mistral").folder, torch.bfloat16)
+    cache = decoder.new_cache(1, 40)
+    cache.keys.zero_(), cache.values.zero_()
+    step, choose = decoding(decoder, cache), CPU.sampler(torch.ones(decoder.config.vocab_size, dtype=torch.bool))
+
+    def calls(run) -> int:
+        run()
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            run()
+        return sum(event.cpu_parent is None for event in trace.events())
+
+    with torch.inference_mode():
+        hidden = calls(lambda: step([5], Rows.causal([1], [30])))
+        logits = decoder.logits(step([5], Rows.causal([1], [30])))
+        chosen = calls(lambda: choose(logits, [Sampling()], [31], [[]]))
+    assert hidden <= 20 + 37 * decoder.config.num_hidden_layers and chosen <= 14, (hidden, chosen)
