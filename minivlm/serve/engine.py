@@ -10,12 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.answer import Token
-from minivlm.batch import Batch, Member
+from minivlm.batch import FAULTS, Batch, Member
 from minivlm.errors import InputError
 from minivlm.pipeline import Pipeline
 from minivlm.row import Row
@@ -240,12 +241,12 @@ class Engine:
 
     def _encode(self) -> None:
         """A few tiles; jobs whose pictures are all there join the batch."""
-        try:
-            self._encoded(self.pictures.encode(self.tiles))
-        except Exception:  # one picture's fault: the first in line alone will tell
-            log.exception("encoding pictures failed")
+        done = _tried(self.pictures.encode, self.tiles)
+        if isinstance(done, Exception):  # one picture's fault: the first in line alone will tell
             users = self.pictures.first_users()
             self._guarded(users, lambda: self._encoded(self.pictures.encode(self.tiles, pictures=1)))
+        else:
+            self._encoded(done)
 
     def _encoded(self, done: Sequence[tuple[bytes, Tensor, set[Work]]]) -> None:
         for key, tokens, users in done:
@@ -271,10 +272,8 @@ class Engine:
     def _step(self) -> None:
         began, members = monotonic(), list(self.batch.members)
         before = sum(member.row.cached for member in members)
-        try:
-            results = self.batch.step()
-        except Exception:  # a fault of one row, or of the step: each alone will tell
-            log.exception("a step of %d rows failed", len(members))
+        results = _tried(self.batch.step)
+        if isinstance(results, Exception):  # the fault of one row, or of the step: each alone will tell
             results = [result for member in members for result in self._alone(member)]
         seconds, now = monotonic() - began, monotonic()
         positions = sum(member.row.cached for member in members) - before
@@ -302,19 +301,16 @@ class Engine:
             self._observe(Step(seconds, positions - running, len(results), len(members)))
 
     def _alone(self, member: Member) -> Sequence[tuple[Member, Token | Exception]]:
-        try:
-            return self.batch.step([member])
-        except Exception as error:
+        results = _tried(self.batch.step, [member])
+        if isinstance(results, Exception):
             self.batch.leave(member)
-            return [(member, error)]
+            return [(member, results)]
+        return results
 
     def _guarded(self, works: Sequence[Work], action: Callable, *arguments: object) -> None:
         """Do something for some jobs; if it fails, they fail, and no others."""
-        try:
-            action(*arguments)
-        except Exception as error:
-            if not isinstance(error, InputError):
-                log.exception("a job failed")
+        error = _tried(action, *arguments)
+        if isinstance(error, Exception):
             for work in works:
                 self._counts["failures"] += 1
                 self._leave(work, keep=False)
@@ -332,6 +328,17 @@ class Engine:
     def _send(self, items: Sequence[tuple[Answer, Token | Exception]]) -> None:
         """One wake-up of the event loop for all that a step gave."""
         self._loop.call_soon_threadsafe(_deliver, items)
+
+
+def _tried(action: Callable, *arguments: object) -> Any:
+    """What an action returns, or the exception that it raised, for the answers that it concerns: an error in the
+    model's thread must not end the thread, nor reach other answers."""
+    try:
+        return action(*arguments)
+    except Exception as error:
+        if not isinstance(error, FAULTS):
+            log.exception("the model's thread: %s", error)
+        return error
 
 
 def _deliver(items: Sequence[tuple[Answer, Token | Exception]]) -> None:
