@@ -312,6 +312,23 @@ def test_the_fused_sampler_has_the_plain_ones_results(device):
         assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
 
 
+def test_the_fused_sampler_reads_bitmasks_as_the_plain_one_does(device):
+    generator = torch.Generator().manual_seed(2)
+    logits, allowed = torch.randn(3, 97, generator=generator), torch.rand(97, generator=generator) < 0.8
+    masks = torch.rand(3, 97, generator=generator) < 0.3
+    words = torch.stack([triton_sampler.packed_bits(mask) for mask in masks])
+    samplings = [Sampling(top_logprobs=20), Sampling(temperature=2.0, seed=3), Sampling(top_k=3, seed=4)]
+    arguments = (samplings, [1, 2, 3], [(), (), ()])
+    found = triton_sampler.sampler(allowed.to(device))(logits.to(device), *arguments, words)
+    plain = REFERENCE.sampler(allowed)(logits, *arguments, words)
+    for ours, theirs, mask in zip(found, plain, masks & allowed, strict=True):
+        assert ours.id == theirs.id and mask[ours.id]
+        assert [i for i, _ in ours.alternatives] == [i for i, _ in theirs.alternatives]
+        assert ours.sampled_logprob == pytest.approx(theirs.sampled_logprob, abs=1e-5)
+    with pytest.raises(InputError, match=r"bitmasks: found torch.int32 \[3, 3\], expected torch.int32 \[3, 4\]"):
+        triton_sampler.sampler(allowed.to(device))(logits.to(device), *arguments, words[:, :3])
+
+
 @pytest.mark.parametrize("v", (1, 31, 32, 33, 97))
 def test_bits(v):
     allowed = torch.rand(v, generator=torch.Generator().manual_seed(v)) < 0.5
