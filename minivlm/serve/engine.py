@@ -26,6 +26,8 @@ from minivlm.serve.slots import Pictured, Slots
 
 __all__ = ["Answer", "Closed", "Engine", "EngineState", "Job", "Overloaded", "Step"]
 
+TILES_AT_REST = 8  # encoded at once while no row waits for its next token: more than one picture has
+
 log = logging.getLogger("minivlm.serve")
 
 
@@ -87,6 +89,7 @@ class Engine:
         self._pace = Pace()
         self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "steps", "answers", "failures", "gone"), 0)
         self._changed = threading.Condition()  # guards what follows
+        self._open = 0  # jobs that are not over
         self._queue: deque[Work] = deque()
         self._works: dict[int, Work] = {}  # by slot; only the model's thread changes it
         self._gone: list[Answer] = []
@@ -116,8 +119,9 @@ class Engine:
         with self._changed:
             if self._closing or self._thread is None:
                 raise Closed("the engine is not running")
-            if len(self._queue) + len(self._works) >= self.max_batch + self.max_queue:
+            if self._open >= self.max_batch + self.max_queue:
                 raise Overloaded(self._pace.wait(len(self._queue)))
+            self._open += 1
             self._queue.append(work)
             self._changed.notify()
         return work.answer
@@ -208,12 +212,12 @@ class Engine:
         with self._changed:
             while not (self._queue or self._works or self._gone or self._closing):
                 self._changed.wait()
-            gone, self._gone = set(self._gone), []
-            if gone:
-                self._queue = deque(work for work in self._queue if work.answer not in gone)
-            self._counts["gone"] += len(gone)
-            for work in [work for work in self._works.values() if work.answer in gone]:
+            gone, self._gone = self._gone, []
+            for work in [work for work in (*self._queue, *self._works.values()) if work.answer in gone]:
+                if work.slot is None:
+                    self._queue.remove(work)
                 self._leave(work)
+                self._counts["gone"] += 1
             if self._hurry or (self._closing and not self._queue and not self._works):
                 return None
             free = self.max_batch - len(self._works)
@@ -241,7 +245,7 @@ class Engine:
 
     def _encode(self) -> None:
         """A few tiles; jobs whose pictures are all there join the batch."""
-        done = _tried(self.pictures.encode, self.tiles)
+        done = _tried(self.pictures.encode, self.tiles if self.batch.members else max(self.tiles, TILES_AT_REST))
         if isinstance(done, Exception):  # one picture's fault: the first in line alone will tell
             users = self.pictures.first_users()
             self._guarded(users, lambda: self._encoded(self.pictures.encode(self.tiles, pictures=1)))
@@ -318,6 +322,8 @@ class Engine:
 
     def _leave(self, work: Work, keep: bool = True) -> None:
         """A job is over: its slot is free from now on."""
+        with self._changed:
+            self._open -= 1
         if work.member is not None:
             self.batch.leave(work.member)
         self.pictures.drop(work)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import minivlm
 from minivlm.answer import Options
+from minivlm.batch import Batch
 from minivlm.decoder.mistral import MistralAttention, MistralConfig, MistralDecoder, MistralDecoderLayer
 from minivlm.errors import InputError, NumericError
 from minivlm.generate import Row, generate, new_cache
@@ -166,6 +167,25 @@ def test_generation_equals_reference(window, chunk, device, tmp_path):
     (found, logits), (expected, truth) = (steps(vlm, rows, chunk, 5) for vlm in (ours, plain))
     assert found == expected
     check(logits, truth)
+
+
+def test_rows_that_join_running_ones(tiny_of, device):
+    """Steps of chunks of prompts beside last ids, then of last ids alone: each row as in the reference."""
+    answers = []
+    for vlm in pair_of(tiny_of("next-mistral").folder, device):
+        vocabulary = dataclasses.replace(vlm.vocabulary, eos_ids=frozenset())
+        cache = vlm.model.language_model.new_cache(4, 100)
+        batch = Batch(vlm.model, vocabulary.allowed, cache, 7, independent=True)
+        states = [Row(row, Options(max_new_tokens=6), vocabulary, vlm.context) for row in three_rows(vlm)]
+        for slot, row in zip((2, 0, 3), states, strict=True):
+            with torch.inference_mode():
+                batch.join(row, slot, vlm.model.embed([row.inputs]))
+            for _ in range(3):
+                batch.step()
+        while batch.members:
+            batch.step()
+        answers.append([row.ids for row in states])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (8, 8), (6, 3)])
