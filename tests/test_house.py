@@ -27,21 +27,24 @@ LEVELS = (
     "ops",
     "processor merge connector decoder vision",
     "answer shards stages vlm",
-    "filling generate models quantisation",
-    "checkpoint",
+    "filling models quantisation row",
+    "batch checkpoint",
+    "generate",
     "chat hub",
     "pipeline",
     "__init__",
-    "bench parity terminal train",
+    "bench parity serve terminal train",
     "evaluate",
     "arguments",
     "cli",
     "__main__",
 )
 # Where gradients may be switched off: anywhere else a model could not be trained through it.
-WITHOUT_GRADIENTS = ("generate.py", "train/", "evaluate/", "bench/")
+WITHOUT_GRADIENTS = ("generate.py", "batch.py", "train/", "evaluate/", "bench/", "serve/")
 # tokenizers raises Exception itself; what is not exactly that is raised again.
 CATCHES_EXCEPTION = {("processor/tokens.py", "from_folder")}
+# The model's thread hands every error to the answers that it concerns, which raise it in the client's task.
+HANDS_EXCEPTION_ON = {("serve/engine.py", "_tried")}
 COMPARES_WITH_TRANSFORMERS = ("parity.py", "bench/")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
@@ -102,9 +105,10 @@ def test_no_error_is_swallowed_with_others():
                         caught = "" if node.type is None else ast.unparse(node.type)
                         if caught == "" or re.search(r"\b(Base)?Exception\b", caught):
                             again = any(isinstance(part, ast.Raise) for part in ast.walk(node))
-                            broad.add((name_of(path), function.name if isinstance(function, ast.FunctionDef) else ""))
-                            assert again, f"{name_of(path)}:{node.lineno}"
-    assert broad == CATCHES_EXCEPTION
+                            place = (name_of(path), function.name if isinstance(function, ast.FunctionDef) else "")
+                            broad.add(place)
+                            assert again or place in HANDS_EXCEPTION_ON, f"{name_of(path)}:{node.lineno}"
+    assert broad == CATCHES_EXCEPTION | HANDS_EXCEPTION_ON
 
 
 def inside(function: ast.AST) -> Iterator[ast.AST]:

@@ -1,0 +1,1 @@
+"""The server: the engine that owns the model, and the HTTP interfaces before it."""
