@@ -45,6 +45,7 @@ def parser() -> _Parser:
         ("parity", _parity, "[QUESTION] [options]", "compare a checkpoint stage by stage with transformers"),
         ("train", _train, "--out FOLDER [options]", f"train {SHIPPED} from nothing, or continue a run that stopped"),
         ("bench", _bench, "[ROW ...] [options]", "how fast it runs here, beside the physical limit and transformers"),
+        ("soak", _soak, "[options]", "minutes of clients good and bad against a running server, every answer checked"),
         ("eval", _eval, "[options]", f"ask {SHIPPED} held-out questions and print the table of scores"),
     ):
         command = commands.add_parser(
@@ -149,14 +150,25 @@ def _eval(parser: _Parser) -> None:
 
 
 def _bench(parser: _Parser) -> None:
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(bench.NAMES)} (default: all there are)")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(bench.NAMES)} (default: all there are); "
+                        "or alone serving: many clients at once, beside transformers serve")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer rounds and the smaller decoder alone")
     parser.add_argument("--threads", type=int, nargs="+", default=[], metavar="N",
                         help="numbers of threads on a CPU (default: 1 and all)")  # fmt: skip
+    parser.add_argument("--clients", type=int, nargs="+", default=[], metavar="N",
+                        help="serving: numbers of clients (default 1 8 32 128)")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens a second against context and batch")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--backend", default="auto", help=f"auto, {' or '.join(backends.NAMES)} (default auto)")
     _json_option(parser)
+
+
+def _soak(parser: _Parser) -> None:
+    parser.add_argument("--minutes", type=float, default=10, metavar="M", help="how long (default 10)")
+    parser.add_argument("--clients", type=int, default=24, metavar="N", help="at once, half of them good (default 24)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other questions and moments (default 0)")
+    _json_option(parser)
+    _model_options(parser)
 
 
 def _image_option(parser: _Parser) -> None:

@@ -34,6 +34,7 @@ from minivlm.train import recipe
 from minivlm.train.run import standing, train
 
 FAILED, INTERRUPTED, NO_READER = 1, 130, 141
+SERVING = "serving"  # the part of `minivlm bench` that starts servers
 # What has a line to show and no need of a traceback.
 TOLD = (InputError, NumericError, OSError, SafetensorError, torch.OutOfMemoryError)
 
@@ -201,6 +202,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if SERVING in arguments.rows:
+        return _bench_serving(arguments)
+    if arguments.clients:
+        raise InputError(f"--clients: only of bench {SERVING}")
     if any(number < 1 for number in arguments.threads):
         raise InputError(f"--threads: found {min(arguments.threads)}, expected at least 1")
     report = bench.run(
@@ -217,6 +222,29 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_serving(arguments: argparse.Namespace) -> int:
+    if arguments.rows != [SERVING] or arguments.threads or arguments.plot is not None:
+        raise InputError(f"bench {SERVING}: expected alone, without other rows, --threads and --plot")
+    try:
+        from minivlm.serve import load
+    except ModuleNotFoundError as error:
+        raise InputError(f"bench {SERVING}: needs {error.name}: pip install 'minivlm[serve]'") from error
+    report = load.run(None, arguments.device, arguments.backend, arguments.clients, arguments.quick, say)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else FAILED
+
+
+def _soak(arguments: argparse.Namespace) -> int:
+    try:
+        from minivlm.serve import soak
+    except ModuleNotFoundError as error:
+        raise InputError(f"soak: needs {error.name}: pip install 'minivlm[serve]'") from error
+    named = (arguments.model, arguments.device, arguments.dtype, arguments.backend)
+    report = soak.run(*named, arguments.minutes, arguments.clients, arguments.seed, say)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else FAILED
+
+
 COMMANDS = {
     "generate": _generate,
     "chat": _chat,
@@ -224,6 +252,7 @@ COMMANDS = {
     "parity": _parity,
     "train": _train,
     "bench": _bench,
+    "soak": _soak,
     "eval": _eval,
 }
 
