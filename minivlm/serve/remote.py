@@ -66,8 +66,12 @@ class Fetcher:
         return client.build_request(
             "GET",
             url.copy_with(host=str(address), fragment=None),
-            headers={"Host": url.netloc.decode("ascii"), "User-Agent": "minivlm", "Accept": "image/*",
-                     "Accept-Encoding": "identity"},  # fmt: skip
+            headers={
+                "Host": url.netloc.decode("ascii"),
+                "User-Agent": "minivlm",
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+            },
             extensions={"sni_hostname": url.host},
         )
 
