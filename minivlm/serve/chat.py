@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from minivlm.processor.prompts import ANSWER_MARK, Message
+from minivlm.processor.prompts import ANSWER_MARK, Message, normalise
 from minivlm.serve import tools as calls
 from minivlm.serve.errors import TOLD, Refused, refused
 from minivlm.serve.limits import StrictRoute
@@ -74,7 +74,7 @@ async def chat_tokenize(request: Request, asked: ChatRequest, service: The, reco
 def prompt_of(service: Service, asked: ChatRequest) -> Prompt:
     """The dialogue through the model's chat template, its pictures where their parts stand. In a worker thread."""
     processor = service.pipeline.processor
-    messages = [message_of(message) for message in asked.messages]
+    messages = normalise([message_of(message) for message in asked.messages])
     if tools := asked.offered:
         last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
         if last is None:
