@@ -165,6 +165,8 @@ async def metrics(service: The) -> Response:
 
 async def _refused(request: Request, error: Refused) -> Response:
     service_of(request).metrics.failures.labels(err=error.kind or str(error.status_code)).inc()
+    if "/v1/" in request.url.path:
+        return JSONResponse(error.openai, error.status_code, error.headers)
     if error.kind is None:
         return PlainTextResponse(error.detail, error.status_code, error.headers)
     return JSONResponse(error.body, error.status_code, error.headers)

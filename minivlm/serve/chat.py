@@ -42,7 +42,7 @@ router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True,
-             responses={**refusals(), **CHUNKS})  # fmt: skip
+             responses={**refusals(openai=True), **CHUNKS})  # fmt: skip
 async def chat_completions(
     request: Request, response: Response, asked: ChatRequest, service: The, record: Admitted
 ) -> Any:

@@ -63,7 +63,7 @@ for path in PATHS:
         name=path,
         response_model=Completion,
         response_model_exclude_unset=True,
-        responses={**refusals(), **CHUNKS},
+        responses={**refusals(openai=True), **CHUNKS},
     )
 
 

@@ -108,6 +108,8 @@ def is_public(address: Address) -> bool:
             return False
         if address.ipv4_mapped is not None:
             return True
+        if address.is_site_local:  # local addresses of old
+            return False
     return address.is_global and not address.is_multicast
 
 
