@@ -3,6 +3,7 @@
 import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,7 +23,7 @@ from minivlm.serve import chat, completions, sagemaker, tgi
 from minivlm.serve.errors import TOLD, Refused, closing, refused
 from minivlm.serve.limits import BodyLimit
 from minivlm.serve.log import GONE, AccessLog, Log
-from minivlm.serve.openai import Model, Models
+from minivlm.serve.openai import ChatChunk, CompletionChunk, Model, Models
 from minivlm.serve.service import ClientGone, Service
 from minivlm.serve.wire import ErrorResponse, service_of
 
@@ -79,6 +81,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.openapi = partial(_document, app.openapi)
     for part in (tgi.router, chat.router, completions.router, sagemaker.router):
         app.include_router(part, dependencies=secured)
     app.include_router(router)
@@ -92,6 +95,15 @@ def create_app(
     app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     app.add_middleware(AccessLog, log=log)
     return app
+
+
+def _document(made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """FastAPI's document with the models of events, which no route returns as a value."""
+    document = made()  # FastAPI keeps what it made, so that this adds to one and the same document
+    events = [(model, "serialization") for model in (tgi.StreamResponse, ChatChunk, CompletionChunk)]
+    _, definitions = models_json_schema(events, ref_template="#/components/schemas/{model}")
+    document["components"]["schemas"] = definitions["$defs"] | document["components"]["schemas"]
+    return document
 
 
 class KeyCheck:

@@ -32,11 +32,22 @@ from minivlm.serve.openai import (
 )
 from minivlm.serve.service import Finished, Generation, Piece, Prompt, Service, unless_gone
 from minivlm.serve.tgi import Admitted, The, all_of, started, tokens_of
-from minivlm.serve.wire import DONE, EventStream, envelope, event, headers, merged, refusals, stream_headers, usage
+from minivlm.serve.wire import (
+    DONE,
+    EventStream,
+    envelope,
+    event,
+    events_of,
+    headers,
+    merged,
+    refusals,
+    stream_headers,
+    usage,
+)
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}  # roles that these models' templates lack
 REASONS = {"stop": "stop", "stop_string": "stop", "length": "length"}
-CHUNKS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+CHUNKS = events_of("ChatChunk")
 
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 

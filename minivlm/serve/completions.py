@@ -18,10 +18,21 @@ from minivlm.serve.openai import (
 from minivlm.serve.parameters import Parameters
 from minivlm.serve.service import Generation, Piece, Service, unless_gone
 from minivlm.serve.tgi import Admitted, The, all_of, batch_exceeded, prompt_of, started, stream_response
-from minivlm.serve.wire import DONE, EventStream, envelope, event, headers, merged, refusals, stream_headers, usage
+from minivlm.serve.wire import (
+    DONE,
+    EventStream,
+    envelope,
+    event,
+    events_of,
+    headers,
+    merged,
+    refusals,
+    stream_headers,
+    usage,
+)
 
 REASONS = {"stop": "stop", "stop_string": "stop", "length": "length"}
-CHUNKS = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+CHUNKS = events_of("CompletionChunk")
 # @huggingface/inference puts `/v1/completions` behind whatever address it was given.
 PATHS = ("/v1/completions", "/generate_stream/v1/completions", "/generate/v1/completions")
 

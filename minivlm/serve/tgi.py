@@ -12,7 +12,7 @@ from minivlm.serve.errors import TOLD, invalid, refused
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.parameters import Parameters, Schema, grammar_of
 from minivlm.serve.service import Finished, Generation, Piece, Prompt, Record, Service, unless_gone
-from minivlm.serve.wire import EventStream, admitted, event, headers, refusals, service_of, stream_headers
+from minivlm.serve.wire import EventStream, admitted, event, events_of, headers, refusals, service_of, stream_headers
 
 # A picture in `inputs`, as Markdown writes one. The text in the brackets must be empty, and a ")" ends the address.
 PICTURE = re.compile(r"!\[\]\(([^)]*)\)")
@@ -133,15 +133,15 @@ class VertexResponse(Schema):
 # ---- routes
 
 OPTIONS: dict[str, Any] = {"response_model_exclude_unset": True, "responses": refusals()}
+EVENTS = events_of("StreamResponse")
+# Of a route that only streams FastAPI would document errors as events, too.
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-# Of this route alone FastAPI would document errors as events, too.
-STREAM = {200: {"model": StreamResponse}} | {
-    status: {"description": told["description"], "content": ERROR | told.get("content", {})}
-    if "model" in told
-    else told
-    for status, told in refusals().items()
-}
-EVENTS = {200: {"content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamResponse"}}}}}
+STREAM = refusals() | EVENTS
+for _status in (422, 424, 429, 500, 503):
+    STREAM[_status] = {
+        "description": STREAM[_status]["description"],
+        "content": STREAM[_status].get("content", {}) | ERROR,
+    }
 
 
 @router.post("/generate", **OPTIONS)

@@ -71,6 +71,14 @@ def refusals(openai: bool = False) -> dict[int | str, dict[str, Any]]:
     return told
 
 
+def events_of(model: str) -> dict[int | str, dict[str, Any]]:
+    """The response, for the OpenAPI document, that is a stream; each event's data is JSON of the model."""
+    data = {"type": "string", "contentMediaType": "application/json",
+            "contentSchema": {"$ref": f"#/components/schemas/{model}"}}  # fmt: skip
+    schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+
+
 def service_of(request: Request) -> Service:
     """The model that the application serves."""
     return request.app.state.service

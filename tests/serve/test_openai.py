@@ -201,7 +201,7 @@ def test_tools_that_contradict(server):
     answer = server.post("/v1/chat/completions", body | {"tool_choice": "other"})
     assert answer.status_code == 422 and answer.json()["error_type"] == "tool_error"
     answer = server.post("/v1/chat/completions", body | {"response_format": {"type": "json_object"}})
-    assert answer.status_code == 422 and "exclude each other" in answer.json()["error"]
+    assert answer.status_code == 422 and "exclude each other" in answer.json()["error"]["message"]
 
 
 def test_completions(client, vlm):
