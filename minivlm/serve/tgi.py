@@ -137,11 +137,9 @@ EVENTS = events_of("StreamResponse")
 # Of a route that only streams FastAPI would document errors as events, too.
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 STREAM = refusals() | EVENTS
-for _status in (422, 424, 429, 500, 503):
-    STREAM[_status] = {
-        "description": STREAM[_status]["description"],
-        "content": STREAM[_status].get("content", {}) | ERROR,
-    }
+for _told in STREAM.values():
+    if _told.pop("model", None) is not None:
+        _told["content"] = _told.get("content", {}) | ERROR
 
 
 @router.post("/generate", **OPTIONS)
