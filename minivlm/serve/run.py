@@ -57,6 +57,8 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
         )
     if serving.api_key is not None and not (serving.api_key.isascii() and serving.api_key.isprintable()):
         raise InputError("--api-key: expected printable ASCII characters")
+    if not 0 <= serving.port < 2**16:
+        raise InputError(f"--port: found {serving.port}, expected 0 to 65535")
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
     listener = socket.create_server((serving.host, serving.port), family=family, backlog=2048)
     limits, log, metrics = limits.of_context(pipeline.context), Log(serving.json_logs), Metrics()
@@ -74,7 +76,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     if serving.remote_images:
         fetcher = Fetcher(limits.max_image_bytes, limits.fetch_seconds, serving.allow_private_hosts)
     service = Service(serving.name, pipeline, engine, limits, fetcher, metrics)
-    app = create_app(service, log, serving.api_key, serving.cors_allow_origin)
+    app = create_app(service, log, serving.api_key, serving.cors_allow_origin, serving.shutdown_seconds)
     for name in ("uvicorn.error", "minivlm.serve"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [Relay(log)], False
