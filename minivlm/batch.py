@@ -89,6 +89,8 @@ class Batch:
         If it raises, no row has changed, and the step may be tried again.
         """
         members = list(self.members) if members is None else members
+        if not members:
+            return []
         chosen, logits, computed = self._forward(members)
         choices = self._choices(chosen, logits) if chosen else ()
         for member, length, scores in computed:  # from here on nothing fails
@@ -194,10 +196,10 @@ class Batch:
             if member.guide.accept(choice.id, left):
                 return choice
             raise GenerationError(f"position {len(member.row.ids)}: the guide refuses id {choice.id} that it allowed")
-        except FAULTS as fault:
+        except (*FAULTS, RuntimeError, ValueError) as fault:  # not to be tried again: other guides have taken theirs
             if not self.independent:
                 raise
-            return fault
+            return fault if isinstance(fault, FAULTS) else GenerationError(f"the guide failed ({fault})")
 
 
 def parts(lengths: Sequence[int], starts: Sequence[int], size: int) -> Iterator[Rows]:

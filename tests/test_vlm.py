@@ -108,6 +108,19 @@ def test_pictures_are_consumed_in_reading_order(tiny_of, kind):
     assert not torch.isclose(vlm.model.embed([exchanged]), expected[: len(rows[0].ids)]).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_can_be_encoded_beforehand_and_tile_by_tile(tiny_of, kind):
+    vlm = tiny_of(kind).vlm
+    row = row_of(vlm, (23, 31), (40, 9))
+    with torch.no_grad():
+        features = torch.cat([vlm.model.encode_tiles(tile[None]) for tile in row.tiles])
+        tokens = vlm.model.pack_images(features, row.image_sizes, row.tile_counts)
+        torch.testing.assert_close(vlm.model.embed_ids(row.ids, tokens), vlm.model.embed([row]), rtol=1e-5, atol=1e-5)
+        behind = row.ids.index(vlm.model.config.image_token_id) + 5  # in the middle of the first picture
+        part = vlm.model.embed_ids(row.ids[behind:], [tokens[0][5:], tokens[1]])
+        torch.testing.assert_close(part, vlm.model.embed([row])[behind:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(10, 30), (30, 10)])
 def test_pictures_stay_upright(tiny_of, size):
     """checklist 1: a corner of a flat or a tall picture changes the grid's tokens in that corner and no other.

@@ -168,8 +168,8 @@ async def _events(service: Service, asked: ChatRequest, running: list[Generation
     shared = envelope(service, "chat.completion.chunk")
     tools = [calls.Call() for _ in running] if asked.offered else []
 
-    def chunk(*choices: ChatChunkChoice, **more: Any) -> bytes:
-        return event(ChatChunk(**shared, choices=list(choices), **more))
+    def chunk(*choices: ChatChunkChoice) -> bytes:
+        return event(ChatChunk(**shared, choices=list(choices)))
 
     for i in range(len(running)):
         opening = Delta(role="assistant", content="")
@@ -186,7 +186,8 @@ async def _events(service: Service, asked: ChatRequest, running: list[Generation
                     reason = "tool_calls"
             yield chunk(ChatChunkChoice(index=i, delta=delta, logprobs=logprobs, finish_reason=reason))
         if asked.wants_usage:
-            yield chunk(usage=usage([generation.finished for generation in running], asked.each))
+            numbers = usage([generation.finished for generation in running], asked.each)
+            yield event(ChatChunk(**shared, choices=[], usage=numbers))
     except TOLD as error:
         yield event(refused(error).openai)
     yield DONE

@@ -10,12 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.answer import Token
-from minivlm.batch import Batch, Member
+from minivlm.batch import FAULTS, Batch, Member
 from minivlm.errors import InputError
 from minivlm.pipeline import Pipeline
 from minivlm.row import Row
@@ -24,6 +25,8 @@ from minivlm.serve.pictures import Pictures
 from minivlm.serve.slots import Pictured, Slots
 
 __all__ = ["Answer", "Closed", "Engine", "EngineState", "Job", "Overloaded", "Step"]
+
+TILES_AT_REST = 8  # encoded at once while no row waits for its next token: more than one picture has
 
 log = logging.getLogger("minivlm.serve")
 
@@ -86,6 +89,7 @@ class Engine:
         self._pace = Pace()
         self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "steps", "answers", "failures", "gone"), 0)
         self._changed = threading.Condition()  # guards what follows
+        self._open = 0  # jobs that are not over
         self._queue: deque[Work] = deque()
         self._works: dict[int, Work] = {}  # by slot; only the model's thread changes it
         self._gone: list[Answer] = []
@@ -115,8 +119,9 @@ class Engine:
         with self._changed:
             if self._closing or self._thread is None:
                 raise Closed("the engine is not running")
-            if len(self._queue) + len(self._works) >= self.max_batch + self.max_queue:
+            if self._open >= self.max_batch + self.max_queue:
                 raise Overloaded(self._pace.wait(len(self._queue)))
+            self._open += 1
             self._queue.append(work)
             self._changed.notify()
         return work.answer
@@ -207,12 +212,12 @@ class Engine:
         with self._changed:
             while not (self._queue or self._works or self._gone or self._closing):
                 self._changed.wait()
-            gone, self._gone = set(self._gone), []
-            if gone:
-                self._queue = deque(work for work in self._queue if work.answer not in gone)
-            self._counts["gone"] += len(gone)
-            for work in [work for work in self._works.values() if work.answer in gone]:
+            gone, self._gone = self._gone, []
+            for work in [work for work in (*self._queue, *self._works.values()) if work.answer in gone]:
+                if work.slot is None:
+                    self._queue.remove(work)
                 self._leave(work)
+                self._counts["gone"] += 1
             if self._hurry or (self._closing and not self._queue and not self._works):
                 return None
             free = self.max_batch - len(self._works)
@@ -240,12 +245,12 @@ class Engine:
 
     def _encode(self) -> None:
         """A few tiles; jobs whose pictures are all there join the batch."""
-        try:
-            self._encoded(self.pictures.encode(self.tiles))
-        except Exception:  # one picture's fault: the first in line alone will tell
-            log.exception("encoding pictures failed")
+        done = _tried(self.pictures.encode, self.tiles if self.batch.members else max(self.tiles, TILES_AT_REST))
+        if isinstance(done, Exception):  # one picture's fault: the first in line alone will tell
             users = self.pictures.first_users()
             self._guarded(users, lambda: self._encoded(self.pictures.encode(self.tiles, pictures=1)))
+        else:
+            self._encoded(done)
 
     def _encoded(self, done: Sequence[tuple[bytes, Tensor, set[Work]]]) -> None:
         for key, tokens, users in done:
@@ -271,10 +276,8 @@ class Engine:
     def _step(self) -> None:
         began, members = monotonic(), list(self.batch.members)
         before = sum(member.row.cached for member in members)
-        try:
-            results = self.batch.step()
-        except Exception:  # a fault of one row, or of the step: each alone will tell
-            log.exception("a step of %d rows failed", len(members))
+        results = _tried(self.batch.step)
+        if isinstance(results, Exception):  # the fault of one row, or of the step: each alone will tell
             results = [result for member in members for result in self._alone(member)]
         seconds, now = monotonic() - began, monotonic()
         positions = sum(member.row.cached for member in members) - before
@@ -302,19 +305,16 @@ class Engine:
             self._observe(Step(seconds, positions - running, len(results), len(members)))
 
     def _alone(self, member: Member) -> Sequence[tuple[Member, Token | Exception]]:
-        try:
-            return self.batch.step([member])
-        except Exception as error:
+        results = _tried(self.batch.step, [member])
+        if isinstance(results, Exception):
             self.batch.leave(member)
-            return [(member, error)]
+            return [(member, results)]
+        return results
 
     def _guarded(self, works: Sequence[Work], action: Callable, *arguments: object) -> None:
         """Do something for some jobs; if it fails, they fail, and no others."""
-        try:
-            action(*arguments)
-        except Exception as error:
-            if not isinstance(error, InputError):
-                log.exception("a job failed")
+        error = _tried(action, *arguments)
+        if isinstance(error, Exception):
             for work in works:
                 self._counts["failures"] += 1
                 self._leave(work, keep=False)
@@ -322,6 +322,8 @@ class Engine:
 
     def _leave(self, work: Work, keep: bool = True) -> None:
         """A job is over: its slot is free from now on."""
+        with self._changed:
+            self._open -= 1
         if work.member is not None:
             self.batch.leave(work.member)
         self.pictures.drop(work)
@@ -332,6 +334,17 @@ class Engine:
     def _send(self, items: Sequence[tuple[Answer, Token | Exception]]) -> None:
         """One wake-up of the event loop for all that a step gave."""
         self._loop.call_soon_threadsafe(_deliver, items)
+
+
+def _tried(action: Callable, *arguments: object) -> Any:
+    """What an action returns, or the exception that it raised, for the answers that it concerns: an error in the
+    model's thread must not end the thread, nor reach other answers."""
+    try:
+        return action(*arguments)
+    except Exception as error:
+        if not isinstance(error, FAULTS):
+            log.exception("the model's thread: %s", error)
+        return error
 
 
 def _deliver(items: Sequence[tuple[Answer, Token | Exception]]) -> None:

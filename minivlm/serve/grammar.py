@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import SchemaError
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
@@ -75,7 +75,7 @@ def _schema(value: dict | str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"grammar: the schema is {type(value).__name__}, expected an object")
     try:
-        Draft202012Validator.check_schema(value)
+        Draft202012Validator.check_schema(value, format_checker=FormatChecker(formats=()))  # patterns are Rust's
         # An object without a word on further properties has none: any other key would be valid, and never meant. Where
         # schemas are added up by allOf, closing each would exclude the others' properties.
         return _closed(value, close="allOf" not in json.dumps(value))
@@ -221,8 +221,9 @@ class GrammarGuide:
         """A path from the matcher's present state, just behind `text`, or None where none was found."""
         same = next((i for i, (a, b) in enumerate(zip(text, self._path, strict=False)) if a != b), len(self._path))
         same = min(same, len(text))
-        known = [self._path[same:], self._path] if same else [self._path]
-        search = Search(self._words, known)
+        # What was said in place of the path's own words; what was said before them; or something to be closed first.
+        known = dict.fromkeys((self._path[len(text) :], self._path[same:], self._path))
+        search = Search(self._words, tuple(known))
         path = search.best_first(self._matcher, 100, 40)
         return search.rotating(self._matcher, 200) if path is None else path
 

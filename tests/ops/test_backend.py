@@ -7,6 +7,7 @@ from torch import nn
 from minivlm.errors import InputError
 from minivlm.ops.backend import BACKENDS, choose
 from minivlm.ops.norms import RMSNorm
+from minivlm.sampler import Sampling, sample
 
 
 def test_choice_is_by_name():
@@ -41,3 +42,40 @@ def test_blocks_equal_float64(backend):
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+# ---- the sampler's seam
+
+
+def bitmasks_of(table: torch.Tensor) -> torch.Tensor:
+    """bool [B, V] -> int32 [B, ceil(V / 32)], written out with Python's integers."""
+    rows, v = table.shape
+    numbers = [sum(int(table[b, i]) << i for i in range(v)) for b in range(rows)]
+    words = [[number >> 32 * w & 0xFFFFFFFF for w in range(-(-v // 32))] for number in numbers]
+    return torch.tensor([[w - 2**32 if w >= 2**31 else w for w in row] for row in words], dtype=torch.int32)
+
+
+SAMPLINGS = (Sampling(), Sampling(temperature=2.0, seed=7, top_logprobs=20), Sampling(top_k=5, seed=1, top_p=0.9))
+
+
+@pytest.mark.parametrize("v", [1, 31, 32, 33, 97])
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_bitmasks_are_added_to_what_is_allowed(backend, v):
+    """Each row has its own, and gets what it gets where its ids alone are allowed."""
+    generator = torch.Generator().manual_seed(v)
+    logits = torch.randn(3, v, generator=generator)
+    allowed, masks = torch.rand(v, generator=generator) < 0.8, torch.rand(3, v, generator=generator) < 0.5
+    allowed[0] = masks[:, 0] = True
+    arguments = (logits, SAMPLINGS, [4, 5, 6], [(), (), ()])
+    found = backend.sampler(allowed)(*arguments, bitmasks_of(masks))
+    assert found == sample(*arguments, masks & allowed)
+    for choice, mask in zip(found, masks & allowed, strict=True):
+        assert mask[choice.id] and all(mask[i] for i, _ in choice.alternatives)
+    assert backend.sampler(allowed)(*arguments) == sample(*arguments, allowed)
+
+
+def test_bitmasks_that_do_not_fit_are_refused():
+    choose_ids = BACKENDS["reference"].sampler(torch.ones(33, dtype=torch.bool))
+    for wrong in (torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(InputError, match=r"bitmasks: found .*, expected torch.int32 \[B, 2\]"):
+            choose_ids(torch.randn(1, 33), [Sampling()], [1], [()], wrong)

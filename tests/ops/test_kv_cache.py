@@ -49,3 +49,11 @@ def test_a_position_beyond_the_end_is_refused():
     cache, _ = filled(4)
     with pytest.raises(ValueError, match="position 4 does not fit in a cache of 4"):
         cache.write(0, 0, 3, torch.zeros(2, 2, 5), torch.zeros(2, 2, 5))
+
+
+def test_a_copied_prefix_is_that_of_the_other_slot():
+    cache, keys = filled(6)
+    cache.copy(0, 2, 3)
+    expected = torch.cat([keys[:, 0, :, :3], keys[:, 2, :, 3:]], dim=2)
+    assert torch.equal(cache.keys[:, 2, :, :4], expected) and torch.equal(cache.values[:, 2, :, :4], -expected)
+    assert torch.equal(cache.keys[:, :2, :, :4], keys[:, :2])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import minivlm
 from minivlm.answer import Options
+from minivlm.batch import Batch
 from minivlm.decoder.mistral import MistralAttention, MistralConfig, MistralDecoder, MistralDecoderLayer
 from minivlm.errors import InputError, NumericError
 from minivlm.generate import Row, generate, new_cache
@@ -168,6 +169,25 @@ def test_generation_equals_reference(window, chunk, device, tmp_path):
     check(logits, truth)
 
 
+def test_rows_that_join_running_ones(tiny_of, device):
+    """Steps of chunks of prompts beside last ids, then of last ids alone: each row as in the reference."""
+    answers = []
+    for vlm in pair_of(tiny_of("next-mistral").folder, device):
+        vocabulary = dataclasses.replace(vlm.vocabulary, eos_ids=frozenset())
+        cache = vlm.model.language_model.new_cache(4, 100)
+        batch = Batch(vlm.model, vocabulary.allowed, cache, 7, independent=True)
+        states = [Row(row, Options(max_new_tokens=6), vocabulary, vlm.context) for row in three_rows(vlm)]
+        for slot, row in zip((2, 0, 3), states, strict=True):
+            with torch.inference_mode():
+                batch.join(row, slot, vlm.model.embed([row.inputs]))
+            for _ in range(3):
+                batch.step()
+        while batch.members:
+            batch.step()
+        answers.append([row.ids for row in states])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("shape", [(8, 1), (8, 8), (6, 3)])
 def test_heads_in_groups_of_any_number(shape, device, tmp_path):
     heads, kv_heads = shape
@@ -310,6 +330,23 @@ def test_the_fused_sampler_has_the_plain_ones_results(device):
         assert ours.id == plain.id and [i for i, _ in ours.alternatives] == [i for i, _ in plain.alternatives]
         numbers = [[c.logprob, c.sampled_logprob, *(value for _, value in c.alternatives)] for c in (ours, plain)]
         assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+
+
+def test_the_fused_sampler_reads_bitmasks_as_the_plain_one_does(device):
+    generator = torch.Generator().manual_seed(2)
+    logits, allowed = torch.randn(3, 97, generator=generator), torch.rand(97, generator=generator) < 0.8
+    masks = torch.rand(3, 97, generator=generator) < 0.3
+    words = torch.stack([triton_sampler.packed_bits(mask) for mask in masks])
+    samplings = [Sampling(top_logprobs=20), Sampling(temperature=2.0, seed=3), Sampling(top_k=3, seed=4)]
+    arguments = (samplings, [1, 2, 3], [(), (), ()])
+    found = triton_sampler.sampler(allowed.to(device))(logits.to(device), *arguments, words)
+    plain = REFERENCE.sampler(allowed)(logits, *arguments, words)
+    for ours, theirs, mask in zip(found, plain, masks & allowed, strict=True):
+        assert ours.id == theirs.id and mask[ours.id]
+        assert [i for i, _ in ours.alternatives] == [i for i, _ in theirs.alternatives]
+        assert ours.sampled_logprob == pytest.approx(theirs.sampled_logprob, abs=1e-5)
+    with pytest.raises(InputError, match=r"bitmasks: found torch.int32 \[3, 3\], expected torch.int32 \[3, 4\]"):
+        triton_sampler.sampler(allowed.to(device))(logits.to(device), *arguments, words[:, :3])
 
 
 @pytest.mark.parametrize("v", (1, 31, 32, 33, 97))

@@ -169,6 +169,15 @@ def test_what_a_stream_holds_back():
     assert streamed(byte_level, byte_level.encode("é!")) == ["", "é", "!", ""]
 
 
+@pytest.mark.parametrize("kind", ["mistral", "byte level"])
+def test_a_stream_behind_other_ids_keeps_a_first_blank(kind):
+    tokenizer = KINDS[kind]
+    before, ids = tokenizer.encode("a", add_bos=False), tokenizer.encode_after(" cat")
+    stream = tokenizer.stream(before=before)
+    text = "".join([*map(stream.push, ids), stream.finish()])
+    assert text == " cat"
+
+
 def test_a_stream_decodes_a_bounded_window(monkeypatch):
     longest = 0
     decode = Tokenizer.decode

@@ -1,0 +1,427 @@
+"""The engine: each answer equals the one that its job gets alone, whatever happens to the others."""
+
+import asyncio
+import dataclasses
+import json
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import jsonschema
+import pytest
+import tiny
+import torch
+
+import minivlm
+from minivlm.answer import Options, Token
+from minivlm.errors import InputError, NumericError
+from minivlm.processor import Inputs
+from minivlm.sampler import Sampling
+from minivlm.serve.engine import Answer, Closed, Engine, Job, Overloaded, Step
+from minivlm.serve.grammar import compile_grammar
+
+LIMITS = {
+    "max_batch": 4,
+    "max_queue": 100,
+    "max_total_tokens": 500,
+    "cache_bytes": 2**30,
+    "picture_bytes": 2**24,
+    "prefill_chunk": 100,
+}
+QUESTIONS = ("What is shown?", "Is there a red circle?", "Describe the picture.", "How many shapes are there?")
+
+
+@pytest.fixture(scope="module")
+def vlm() -> minivlm.Pipeline:
+    return minivlm.load(device="cpu", dtype="float32")
+
+
+@asynccontextmanager
+async def running(vlm: minivlm.Pipeline, **limits: Any) -> AsyncIterator[Engine]:
+    """An engine that runs; afterwards no thread and no task is left of it."""
+    threads, tasks = set(threading.enumerate()), asyncio.all_tasks()
+    engine = Engine(vlm, **{**LIMITS, **limits})
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close(30)
+        assert set(threading.enumerate()) <= threads and asyncio.all_tasks() == tasks
+        assert not engine.state().alive
+
+
+def run(test: Callable[[], Coroutine]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+async def tokens_of(answer: Answer) -> list[Token]:
+    return [token async for token in answer]
+
+
+def job(inputs: Inputs, limit: int | None = 8, sampling: Sampling | None = None, **more: Any) -> Job:
+    return Job(inputs, Options(sampling or Sampling(top_logprobs=2), limit), **more)
+
+
+def asked(vlm: minivlm.Pipeline, picture: int | None, question: str = QUESTIONS[0]) -> Inputs:
+    images = [] if picture is None else [tiny.picture(90 + 20 * picture, 150, seed=picture)]
+    return vlm.inputs(question, images)
+
+
+def alone(vlm: minivlm.Pipeline, given: Job) -> list[Token]:
+    settings = {**dataclasses.asdict(given.options.sampling), "max_new_tokens": given.options.max_new_tokens}
+    return list(vlm.generate(given.inputs, **settings).tokens)
+
+
+def assert_same(found: list[Token], expected: list[Token]) -> None:
+    """The same ids and numbers, up to where the best two are too close for float32 to tell."""
+    for one, two in zip(found, expected, strict=False):
+        if one.id != two.id:
+            best, second = two.alternatives[:2]
+            assert best.logprob - second.logprob < 1e-4
+            return
+        assert one.logprob == pytest.approx(two.logprob, abs=1e-3)
+        assert (one.text, one.finish_reason) == (two.text, two.finish_reason)
+    assert len(found) == len(expected)
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("chunk", [30, 1000])
+def test_answers_of_a_busy_engine_are_those_of_each_job_alone(vlm, chunk):
+    """Greedy and drawn, with few pictures and many questions, joining at random times, some given up on the way."""
+    rng = random.Random(chunk)
+    jobs = []
+    for i in range(16):
+        inputs = asked(vlm, rng.choice([None, 0, 1, 2]), rng.choice(QUESTIONS))
+        sampling = Sampling(top_logprobs=2) if i % 2 else Sampling(temperature=0.9, top_p=0.9, seed=i, top_logprobs=2)
+        jobs.append(job(inputs, rng.randint(1, 20), sampling))
+    expected = [alone(vlm, each) for each in jobs]
+
+    async def client(engine: Engine, i: int) -> None:
+        await asyncio.sleep(rng.random() * 0.3)
+        answer = engine.submit(jobs[i])
+        if i % 5 == 3:  # hangs up after some tokens, or none
+            wanted, got = rng.randint(0, 3), []
+            if wanted:
+                async for token in answer:
+                    got.append(token.id)
+                    if len(got) == wanted:
+                        break
+            answer.cancel()
+            answer.cancel()
+            assert await tokens_of(answer) == []
+            return
+        assert_same(await tokens_of(answer), expected[i])
+        assert min(dataclasses.astuple(answer.timings)) >= 0 and answer.row.prompt_tokens == len(jobs[i].inputs.ids)
+
+    async def test() -> None:
+        async with running(vlm, prefill_chunk=chunk) as engine:
+            await asyncio.gather(*(client(engine, i) for i in range(len(jobs))))
+            state = engine.state()
+            assert (state.queued, state.running, state.failures) == (0, 0, 0)
+            assert state.prefix_hits > 0 and state.pictures == 3 == state.pictures_encoded
+            assert state.answers + state.cancelled >= len(jobs)
+
+    run(test)
+
+
+def test_a_dialogue_continues_in_its_slot_and_a_picture_is_encoded_once(vlm):
+    """What is computed is only what is new, and gives the logits of computing all of it to rounding."""
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}]
+    images, calls = [tiny.picture(100, 150)], []
+
+    async def test() -> None:
+        async with running(vlm) as engine:
+            for turn in range(3):
+                given = job(vlm.inputs(chat, images), 6, Sampling(top_logprobs=20))
+                before = engine.state()
+                tokens = await tokens_of(engine.submit(given))
+                computed = engine.state().prompt_tokens - before.prompt_tokens
+                for one, two in zip(tokens, alone(vlm, given), strict=True):
+                    assert [a.id for a in one.alternatives] == [a.id for a in two.alternatives]
+                    expected = pytest.approx([a.logprob for a in two.alternatives], abs=1e-4)
+                    assert [a.logprob for a in one.alternatives] == expected
+                new = given.inputs.ids
+                assert computed == len(new) if turn == 0 else computed < 30 < len(new)
+                answer = "".join(token.text for token in tokens)
+                chat.append({"role": "assistant", "content": answer})
+                chat.append({"role": "user", "content": QUESTIONS[1 + turn]})
+            other = vlm.inputs("Another question before the picture? <image>", images, raw=True)
+            await tokens_of(engine.submit(job(other)))
+            assert engine.state().picture_hits == 1 and engine.state().copied_tokens < 5
+
+    hook = vlm.model.vision_tower.register_forward_pre_hook(
+        lambda _, args: calls.append((len(args[0]), threading.current_thread() is threading.main_thread()))
+    )
+    try:
+        run(test)
+    finally:
+        hook.remove()
+    tiles = vlm.inputs("<image>", images, raw=True).tile_counts[0]
+    assert sum(count for count, ours in calls if not ours) == tiles  # in the engine's thread, for four prompts
+
+
+def test_the_same_prompt_at_once_is_computed_once(vlm):
+    """As for best_of: all begin with the first one's keys, copied while it runs."""
+    given = job(asked(vlm, 1), 6)
+    expected = alone(vlm, given)
+
+    async def test() -> None:
+        async with running(vlm) as engine:
+            first = engine.submit(given)
+            head = await anext(first)
+            others = [engine.submit(given) for _ in range(3)]
+            assert_same([head, *await tokens_of(first)], expected)
+            for other in others:
+                assert_same(await tokens_of(other), expected)
+            assert engine.state().prompt_tokens == len(given.inputs.ids) + 3
+
+    run(test)
+
+
+def test_prompt_log_probabilities_are_there_with_the_first_token(vlm):
+    given = job(asked(vlm, 0), 2, prompt_logprobs=True)
+    with torch.no_grad():
+        logprobs = vlm.model([given.inputs]).log_softmax(-1)
+
+    async def test() -> None:
+        async with running(vlm) as engine:
+            for _ in range(2):  # a second time, when its keys are there
+                answer = engine.submit(given)
+                await anext(answer)
+                assert len(answer.prompt_logprobs) == len(given.inputs.ids)
+                for i, value in enumerate(answer.prompt_logprobs[1:]):
+                    token_id = given.inputs.ids[i + 1]
+                    if token_id != vlm.model.config.image_token_id:
+                        assert value == pytest.approx(float(logprobs[i, token_id]), abs=1e-4)
+                await tokens_of(answer)
+            plain = engine.submit(job(given.inputs, 1))
+            await tokens_of(plain)
+            assert plain.prompt_logprobs is None
+
+    run(test)
+
+
+def test_a_step_computes_no_more_than_a_chunk(vlm):
+    steps: list[Step] = []
+
+    async def test() -> None:
+        async with running(vlm, prefill_chunk=40, observe=steps.append) as engine:
+            await asyncio.gather(*(tokens_of(engine.submit(job(asked(vlm, i % 3), 5))) for i in range(6)))
+
+    run(test)
+    assert max(step.positions for step in steps) <= 40 and max(step.rows for step in steps) == 4
+    assert any(step.positions and step.tokens for step in steps)  # prompts are computed beside running rows
+
+
+def test_guided_answers_of_random_weights_validate_at_every_length(tiny_of):
+    """Beside rows without a grammar, which are not touched by it."""
+    random_vlm = tiny_of("next-mistral").vlm
+    schema = {
+        "properties": {"n": {"type": "integer", "minimum": 1}, "tags": {"type": "array", "items": {"type": "string"}}},
+        "required": ["n", "tags"],
+    }
+    grammar = compile_grammar("json", schema, random_vlm.processor.tokenizer, random_vlm.vocabulary)
+    plain = job(random_vlm.inputs("the cat", raw=True), 30)
+    expected = alone(random_vlm, plain)
+
+    async def guided(engine: Engine, limit: int) -> None:
+        sampling = Sampling(temperature=1.5, seed=limit) if limit % 2 else Sampling()
+        answer = engine.submit(job(random_vlm.inputs("a red", raw=True), limit, sampling, grammar=grammar))
+        tokens = await tokens_of(answer)
+        text = "".join(token.text for token in tokens)
+        jsonschema.validate(json.loads(text), schema)
+        assert len(tokens) <= limit and tokens[-1].finish_reason == "stop"
+
+    async def test() -> None:
+        async with running(random_vlm, max_total_tokens=120, max_batch=6) as engine:
+            free = [tokens_of(engine.submit(plain)) for _ in range(3)]
+            await asyncio.gather(*(guided(engine, grammar.minimum + i) for i in range(20)))
+            for tokens in free:
+                assert_same(await tokens, expected)
+            whole = engine.submit(job(plain.inputs, None, grammar=grammar))  # as much as fits
+            jsonschema.validate(json.loads("".join([token.text async for token in whole])), schema)
+
+    run(test)
+
+
+# ---- faults
+
+
+def test_a_job_that_fails_fails_alone(vlm):
+    """Pixels that are not numbers; tiles of another size; a prompt with a picture too many."""
+    good = job(asked(vlm, 1), 12)
+    expected = alone(vlm, good)
+    nan = dataclasses.replace(asked(vlm, 0), tiles=asked(vlm, 0).tiles * torch.nan)
+    odd = dataclasses.replace(asked(vlm, 0), tiles=asked(vlm, 0).tiles[:, :, :-3])
+    many = dataclasses.replace(asked(vlm, 0), ids=(*asked(vlm, 0).ids, vlm.model.config.image_token_id))
+
+    async def test() -> None:
+        async with running(vlm) as engine:
+            with pytest.raises(InputError, match="image placeholders"):
+                engine.submit(job(many))
+            for _ in range(2):
+                answers = [engine.submit(each) for each in (good, job(nan), job(odd), good)]
+                assert_same(await tokens_of(answers[0]), expected)
+                with pytest.raises(NumericError, match="position"):
+                    await tokens_of(answers[1])
+                with pytest.raises((RuntimeError, InputError, ValueError)):
+                    await tokens_of(answers[2])
+                assert_same(await tokens_of(answers[3]), expected)
+            assert engine.state().failures == 4 and engine.state().running == 0
+
+    run(test)
+
+
+def test_a_step_that_fails_is_made_again_for_each_row_alone(vlm):
+    """As when memory is short; and if a row fails even then, it alone fails."""
+    jobs = [job(asked(vlm, i, QUESTIONS[i]), 8) for i in range(3)]
+    expected = [alone(vlm, each) for each in jobs]
+    decoder, poisoned = vlm.model.language_model, len(jobs[2].inputs.ids) + 3
+
+    async def test() -> None:
+        async with running(vlm) as engine:
+
+            def short_of_memory(_, args) -> None:
+                rows = args[1]
+                if len(rows.lengths) > 2 or poisoned in rows.starts:
+                    raise RuntimeError("out of memory")
+
+            hook = decoder.register_forward_pre_hook(short_of_memory)
+            try:
+                answers = [engine.submit(each) for each in jobs]
+                for answer, tokens in zip(answers[:2], expected, strict=False):
+                    assert_same(await tokens_of(answer), tokens)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    await tokens_of(answers[2])
+            finally:
+                hook.remove()
+            assert engine.state().alive
+            assert_same(await tokens_of(engine.submit(jobs[2])), expected[2])
+
+    assert len({len(each.inputs.ids) for each in jobs}) == 3
+    run(test)
+
+
+# ---- limits
+
+
+def test_a_full_queue_says_when_to_come_back(vlm):
+    async def test() -> None:
+        async with running(vlm, max_batch=2, max_queue=3) as engine:
+            for _ in range(2):
+                answers = [engine.submit(job(asked(vlm, None), 60)) for _ in range(5)]
+                with pytest.raises(Overloaded) as caught:
+                    engine.submit(job(asked(vlm, None)))
+                assert 0 < caught.value.retry_after < 60
+                answers[4].cancel()  # from the line
+                answers[0].cancel()  # from the batch
+                while engine.state().queued + engine.state().running > 3:
+                    await asyncio.sleep(0.001)
+                more = engine.submit(job(asked(vlm, None), 1))
+                for answer in (*answers[1:4], more):
+                    assert await tokens_of(answer)
+
+    run(test)
+
+
+def test_what_can_never_be_answered_is_refused_at_once(vlm):
+    grammar = compile_grammar("regex", "[ab]{20}", vlm.processor.tokenizer, vlm.vocabulary)
+    short = asked(vlm, None)
+    room = 500 - len(short.ids)
+
+    async def test() -> None:
+        async with running(vlm) as engine:
+            engine.submit(job(short, room)).cancel()
+            with pytest.raises(InputError, match=f"max_new_tokens: found {room + 1}"):
+                engine.submit(job(short, room + 1))
+            with pytest.raises(InputError, match=rf"found room for 5 tokens, expected at least {grammar.minimum}"):
+                engine.submit(job(short, 5, grammar=grammar))
+            with pytest.raises(InputError, match=r"stop: found .* beside a grammar"):
+                engine.submit(Job(short, Options(stop=["a"]), grammar))
+
+    run(test)
+
+
+def test_the_cache_is_as_large_as_it_may_be(vlm):
+    slot = vlm.model.language_model.new_cache(1, 500).nbytes
+
+    def engine(cache_bytes: int, **more: int) -> Engine:
+        return Engine(vlm, **{**LIMITS, "cache_bytes": cache_bytes, **more})
+
+    assert engine(10 * slot).state().cache_bytes == 4 * slot
+    assert engine(3 * slot - 1).max_batch == 2 and engine(3 * slot - 1).state().cache_bytes == 2 * slot
+    with pytest.raises(InputError, match=f"cache_bytes: found {slot - 1}, expected at least {slot}"):
+        engine(slot - 1)
+    with pytest.raises(InputError, match="prefill_chunk: found 0"):
+        engine(slot, prefill_chunk=0)
+    assert engine(2**30, max_total_tokens=10**6).max_total_tokens == vlm.context
+
+
+def test_memory_does_not_grow_with_the_jobs_answered(vlm):
+    """The cache stays the tensor that it was, pictures stay below their bound, and nobody holds what is over."""
+
+    async def test() -> None:
+        async with running(vlm, picture_bytes=10**5) as engine:
+            keys = engine.slots.cache.keys.data_ptr()
+            for i in range(12):
+                await tokens_of(engine.submit(job(asked(vlm, i % 6), 2)))
+                assert engine.state().picture_bytes <= 10**5 and engine.slots.cache.keys.data_ptr() == keys
+            assert engine.state().batch_tokens == 0 and 0 < engine.state().kept_tokens <= 4 * 500
+            assert not engine._works and not engine._gone and not engine.batch.members and not engine.pictures.busy
+
+    run(test)
+
+
+# ---- the end
+
+
+def test_closing_finishes_what_was_accepted(vlm):
+    async def test() -> None:
+        async with running(vlm, max_batch=2) as engine:
+            answers = [asyncio.ensure_future(tokens_of(engine.submit(job(asked(vlm, None), 10)))) for _ in range(6)]
+            await asyncio.sleep(0)
+            await engine.close(30)
+            assert all([await answer for answer in answers])
+            with pytest.raises(Closed):
+                engine.submit(job(asked(vlm, None)))
+
+    run(test)
+
+
+def test_closing_does_not_wait_longer_than_it_should(vlm):
+    async def test() -> None:
+        async with running(vlm, max_batch=2) as engine:
+            answers = [engine.submit(job(asked(vlm, None), 400, Sampling(temperature=50.0))) for _ in range(5)]
+            await anext(answers[0])
+            began = time.monotonic()
+            await engine.close(0.05)
+            assert time.monotonic() - began < 5
+            ends = [asyncio.ensure_future(tokens_of(answer)) for answer in answers]
+            results = await asyncio.gather(*ends, return_exceptions=True)
+            assert sum(isinstance(result, Closed) for result in results) >= 3
+
+    run(test)
+
+
+def test_jobs_come_from_any_thread_and_before_the_start_from_none(vlm):
+    async def test() -> None:
+        with pytest.raises(Closed):
+            Engine(vlm, **LIMITS).submit(job(asked(vlm, None)))
+        async with running(vlm) as engine:
+            given = job(asked(vlm, None), 3)
+            found: list[Answer] = []
+            threads = [threading.Thread(target=lambda: found.append(engine.submit(given))) for _ in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            expected = alone(vlm, given)
+            for answer in found:
+                assert_same(await tokens_of(answer), expected)
+
+    run(test)
