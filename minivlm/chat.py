@@ -10,11 +10,12 @@ from typing import Unpack
 
 from minivlm.answer import Options, Reply, Settings, Token
 from minivlm.errors import InputError
-from minivlm.generate import Row, Vocabulary, collect, generate, new_cache
+from minivlm.generate import collect, generate, new_cache
 from minivlm.ops.kv_cache import KVCache
 from minivlm.processor import Inputs, Processor, check_images
 from minivlm.processor.images import ImageSource
 from minivlm.processor.prompts import Message, question_to_messages
+from minivlm.row import Row, Vocabulary
 from minivlm.vlm import VLM
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -130,6 +130,22 @@ def _chat(arguments: argparse.Namespace) -> int:
     return dialogue(vlm.chat(arguments.system), pictures, settings)
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from minivlm.serve.limits import Limits
+        from minivlm.serve.run import Serving, serve
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("minivlm"):
+            raise
+        raise InputError(f"serve: {missing.name} is not installed, expected pip install 'minivlm[serve]'") from None
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    limits = Limits(**{field.name: given[field.name] for field in fields(Limits) if field.name in given})
+    named = {field.name: given[field.name] for field in fields(Serving) if field.name in given}
+    vlm, seconds = _load(arguments)
+    say(f"{arguments.model or SHIPPED} loaded in {seconds:.1f} s: {_where(vlm)}")
+    return serve(vlm, Serving(name=arguments.model or SHIPPED, **named), limits)
+
+
 def _parity(arguments: argparse.Namespace) -> int:
     report = parity.run(
         arguments.model,
@@ -232,6 +248,7 @@ def _soak(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "parity": _parity,
     "train": _train,
     "bench": _bench,

@@ -13,3 +13,10 @@ class NumericError(ArithmeticError):
 
     The message is one line that names the row, the position and what was found.
     """
+
+
+class GenerationError(RuntimeError):
+    """An answer could not be brought to its end, such as one whose grammar failed on the way.
+
+    The message is one line that names what stopped it.
+    """

@@ -14,12 +14,13 @@ from minivlm.answer import Options, Reply, Settings, Token
 from minivlm.chat import Chat
 from minivlm.checkpoint import CheckpointInfo
 from minivlm.errors import InputError
-from minivlm.generate import Row, Vocabulary, collect, generate, new_cache
+from minivlm.generate import collect, generate, new_cache
 from minivlm.models import recipe_for
 from minivlm.ops import backend as backends
 from minivlm.processor import Inputs, Processor, VisionGeometry, check_images
 from minivlm.processor.images import ImageSource
 from minivlm.processor.prompts import Message, question_to_messages
+from minivlm.row import Row, Vocabulary
 from minivlm.vlm import VLM, VLMConfig
 
 Prompt = str | Sequence[Message] | Inputs

@@ -157,14 +157,20 @@ class VLM(nn.Module):
     def embed(self, inputs: Sequence[Inputs]) -> Tensor:
         """The decoder's input embeddings [S, D] of B packed prompts, image tokens in their places."""
         device = self.language_model.embed_tokens.weight.device
-        ids = torch.tensor([token for row in inputs for token in row.ids], device=device)  # [S]
-        embeddings = self.language_model.embed_tokens(ids)  # [S, D]
+        ids = [token for row in inputs for token in row.ids]
         pictures = [size for row in inputs for size in row.image_sizes]
         if not pictures:
-            return merge(embeddings, ids, embeddings[:0], self.config.image_token_id)
+            return self.embed_ids(ids, ())
         tiles = torch.cat([row.tiles for row in inputs]).to(device)  # [N, 3, T, T]
-        image_tokens = self.encode_images(tiles, pictures, [count for row in inputs for count in row.tile_counts])
-        return merge(embeddings, ids, torch.cat(image_tokens), self.config.image_token_id)
+        counts = [count for row in inputs for count in row.tile_counts]
+        return self.embed_ids(ids, self.encode_images(tiles, pictures, counts))
+
+    def embed_ids(self, ids: Sequence[int], image_tokens: Sequence[Tensor]) -> Tensor:
+        """The input embeddings [S, D] of packed ids [S], the image tokens [I, D] of each picture in their places."""
+        packed = torch.tensor(ids, device=self.language_model.embed_tokens.weight.device)  # [S]
+        embeddings = self.language_model.embed_tokens(packed)  # [S, D]
+        tokens = torch.cat(list(image_tokens)) if image_tokens else embeddings[:0]
+        return merge(embeddings, packed, tokens, self.config.image_token_id)
 
     def encode_images(
         self, tiles: Tensor, image_sizes: Sequence[tuple[int, int]], tile_counts: Sequence[int]
@@ -174,6 +180,10 @@ class VLM(nn.Module):
         tiles [N, 3, T, T]: all pictures' tiles in reading order; image_sizes: original (height, width) of each;
         tile_counts: tiles of each picture, N in all.
         """
+        return self.pack_images(self.encode_tiles(tiles), image_sizes, tile_counts)
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """tiles [N, 3, T, T] -> features of the decoder's width [N, P, D]; tiles do not see one another."""
         states = self.vision_tower(tiles, self.config.depths)  # of each feature layer [N, 1 + P, Dv]
         features = torch.cat(states, dim=-1)
         if self.config.vision_feature_select_strategy == "default":
@@ -182,7 +192,12 @@ class VLM(nn.Module):
             # Strides choose the kernel of the linear layer that follows, and so its rounding in 16 bits. Where
             # several layers are tapped, transformers' LLaVA-1.5 slices first and LLaVA-NeXT joins first.
             features = features.contiguous()
-        features = self.multi_modal_projector(features)  # [N, P, D]
+        return self.multi_modal_projector(features)  # [N, P, D]
+
+    def pack_images(
+        self, features: Tensor, image_sizes: Sequence[tuple[int, int]], tile_counts: Sequence[int]
+    ) -> list[Tensor]:
+        """The image tokens [I, D] of each picture from the features [N, P, D] of all pictures' tiles."""
         by_picture = features.split(list(tile_counts))
         if self.config.image_grid_pinpoints is None:  # LLaVA-1.5: one tile is the whole picture
             return [base for (base,) in by_picture]

@@ -31,7 +31,7 @@ LEVELS = (
     "chat hub",
     "pipeline",
     "__init__",
-    "bench parity terminal train",
+    "bench parity serve terminal train",
     "evaluate",
     "arguments",
     "cli",

@@ -8,7 +8,6 @@ PyTorch's fused attention and runs on any device; `cpu` (cpu.py) arranges the we
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -20,7 +19,7 @@ from minivlm.ops.attention import attend_rows, eager, fused, sight
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rope import rope_table, rotate
 from minivlm.ops.rows import Rows
-from minivlm.sampler import sample
+from minivlm.sampler import Choice, sample
 
 
 def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
@@ -130,8 +129,27 @@ def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
 
 
 def sampler(allowed: Tensor) -> Callable:
-    """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices."""
-    return partial(sample, allowed=allowed)
+    """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices.
+
+    Its last argument may be bitmasks, int32 [B, ceil(V / 32)] on the CPU: row b may choose id i only if bit i % 32 of
+    word i // 32 is set as well.
+    """
+
+    def choose(logits: Tensor, samplings, positions, seen, bitmasks: Tensor | None = None) -> tuple[Choice, ...]:
+        if bitmasks is None:
+            return sample(logits, samplings, positions, seen, allowed)
+        return sample(logits, samplings, positions, seen, allowed & unpacked_bits(bitmasks, allowed))
+
+    return choose
+
+
+def unpacked_bits(words: Tensor, allowed: Tensor) -> Tensor:
+    """int32 [B, ceil(V / 32)] -> bool [B, V] on the device of allowed [V]; bit 0 of the first word comes first."""
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != -(-len(allowed) // 32):
+        expected = f"torch.int32 [B, {-(-len(allowed) // 32)}]"
+        raise InputError(f"bitmasks: found {words.dtype} {list(words.shape)}, expected {expected}")
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32) & 1  # [B, words, 32]
+    return bits.flatten(1)[:, : len(allowed)].bool().to(allowed.device)
 
 
 REFERENCE = Backend(

@@ -34,6 +34,11 @@ class KVCache:
         self.values[layer, slot, :, start:end] = v
         return self.keys[layer, slot, :, :end], self.values[layer, slot, :, :end]
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` positions of one slot those of another."""
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+
     def grow(self, capacity: int) -> None:
         """Make room for at least `capacity` positions, at least doubling, and keep what is stored."""
         if capacity <= self.capacity:

@@ -15,11 +15,18 @@ from minivlm.sampler import Choice, Sampling
 
 
 def sampler(allowed: Tensor) -> Callable:
-    """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices."""
+    """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices.
+
+    Its last argument may be bitmasks, int32 [B, ceil(V / 32)] on the CPU, and-ed with the allowed.
+    """
     words = packed_bits(allowed)  # [ceil(V / 32)]
 
     def choose(
-        logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], seen: Sequence[Sequence[int]]
+        logits: Tensor,
+        samplings: Sequence[Sampling],
+        positions: Sequence[int],
+        seen: Sequence[Sequence[int]],
+        bitmasks: Tensor | None = None,
     ) -> tuple[Choice, ...]:
         rows, vocabulary = logits.shape
         if allowed.shape != (vocabulary,):
@@ -27,9 +34,15 @@ def sampler(allowed: Tensor) -> Callable:
         lengths = (len(samplings), len(positions), len(seen))
         if lengths != (rows, rows, rows):
             raise InputError(f"samplings, positions, seen: found {lengths} rows, expected {rows} of each")
+        masks = words.expand(rows, -1)
+        if bitmasks is not None:
+            if bitmasks.dtype != torch.int32 or bitmasks.shape != masks.shape:
+                found = f"{bitmasks.dtype} {list(bitmasks.shape)}"
+                raise InputError(f"bitmasks: found {found}, expected torch.int32 {list(masks.shape)}")
+            masks = masks & bitmasks.to(logits.device)
         count = max((s.top_logprobs for s in samplings), default=0)
         arguments = (*settings(samplings, positions, logits.device), penalised(samplings, seen, logits))
-        found = sample(logits, *arguments, words.expand(rows, -1), count)
+        found = sample(logits, *arguments, masks, count)
         ids, logprobs, sampled, top_ids, top_logprobs, errors = (result.tolist() for result in found)
         for row, error in enumerate(errors):
             if error:

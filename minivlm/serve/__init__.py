@@ -1,1 +1,1 @@
-"""The server: HTTP in front of one engine that owns the model."""
+"""The server: the engine that owns the model, and the HTTP interfaces before it."""
