@@ -223,7 +223,7 @@ def test_a_picture_and_a_question(visit, server):
     here.show()
     assert here.ask("Describe the picture.") == DESCRIPTION
     tokens = here.page.locator(".answer .t")
-    assert "".join(tokens.all_inner_texts()) == DESCRIPTION + "■"
+    assert "".join(tokens.all_inner_texts()).removesuffix("■") == DESCRIPTION
     assert re.search(r"35 tokens\s+first after \d+ ms\s+\d+ tokens/s\s+prompt of \d+", here.facts()), here.facts()
     tints = tokens.evaluate_all("spans => spans.map(span => Number(span.style.getPropertyValue('--tint')))")
     expected = minivlm.load().generate("Describe the picture.", images=[SAMPLE], top_logprobs=5).tokens
@@ -279,7 +279,7 @@ def test_pictures_are_pasted_dropped_drawn_and_removed(visit):
     here.page.get_by_label("Remove paste.png").click()
     here.page.get_by_label("Remove drop.png").click()
     here.page.click("#draw")
-    assert re.fullmatch(r"a (\w+ ){2}.*", here.ask("Describe the picture.")), here.answer()
+    assert re.fullmatch(r"an? \w+ \w+ .*", here.ask("Describe the picture.")), here.answer()
     here.page.set_input_files("#files", FILE)
     assert "page.html is not a picture (text/html)" in here.page.inner_text("#told")
 
@@ -324,6 +324,7 @@ def test_stop_frees_the_server(visit, server):
     here.page.wait_for_timeout(500)
     assert "tgi_batch_current_size 0.0" in httpx.get(f"{server.url}/metrics").text
     here.page.uncheck("#guided")
+    here.page.fill("#max_tokens", "100")
     here.show()
     assert here.ask("What is written?") == "FISH"
 
