@@ -79,7 +79,9 @@ def _chat(parser: _Parser) -> None:
 
 def _serve(parser: _Parser) -> None:
     group = parser.add_argument_group("the server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)"
+    )
     group.add_argument("--port", type=int, default=8080, metavar="N", help="port, 0 for a free one (default 8080)")
     group.add_argument("--api-key", metavar="KEY", help="what clients must send as Authorization: Bearer KEY")
     group.add_argument("--cors-allow-origin", action="append", metavar="ORIGIN",

@@ -76,11 +76,18 @@ class Row:
     """
 
     def __init__(
-        self, inputs: Inputs, options: Options, vocabulary: Vocabulary, context: int, past: Sequence[int] = ()
+        self,
+        inputs: Inputs,
+        options: Options,
+        vocabulary: Vocabulary,
+        context: int,
+        past: Sequence[int] = (),
+        verbatim: bool = False,
     ):
         """inputs: new ids and pictures, to be prefilled behind `past`, the ids that the cache already holds.
 
-        context: the most ids that the model can read. Raises InputError if prompt and answer do not fit.
+        context: the most ids that the model can read. verbatim: whether a blank that begins the answer is part of its
+        text. Raises InputError if prompt and answer do not fit.
         """
         self.inputs, self.options, self.vocabulary = inputs, options, vocabulary
         self.sampling = options.sampling.seeded()
@@ -88,7 +95,8 @@ class Row:
         self.prompt_tokens = len(self.ids)
         self.limit = _limit(self.prompt_tokens, options.max_new_tokens, context)
         self.finish_reason: FinishReason | None = None
-        self._stream = vocabulary.tokenizer.stream()
+        tokenizer = vocabulary.tokenizer
+        self._stream = tokenizer.stream(before=tokenizer.encode("a", add_bos=False) if verbatim else ())
         self._stop = StopStrings(options.stop)
 
     def accept(self, choice: Choice, complete: bool = False) -> Token:

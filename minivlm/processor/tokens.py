@@ -6,7 +6,7 @@ some class names and then differs on text that begins with a space.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,9 @@ class Tokenizer:
         """The text of ids. Ids without a token (rows that pad the embedding) give nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def stream(self, skip_special: bool = True) -> "TextStream":
-        """A detokeniser for ids that arrive one at a time."""
-        return TextStream(self, skip_special)
+    def stream(self, skip_special: bool = True, before: Sequence[int] = ()) -> "TextStream":
+        """A detokeniser for ids that arrive one at a time. before: ids that they follow, so a first blank is kept."""
+        return TextStream(self, skip_special, before)
 
     def _id(self, token: str | None) -> int | None:
         token_id = None if token is None else self.backend.token_to_id(token)
@@ -142,9 +142,9 @@ class TextStream:
     Each step decodes only what is held and the token before it, whose presence keeps a leading blank.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, before: Sequence[int] = ()):
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._anchor: list[int] = []
+        self._anchor: list[int] = list(before)
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:

@@ -165,6 +165,8 @@ async def metrics(service: The) -> Response:
 
 async def _refused(request: Request, error: Refused) -> Response:
     service_of(request).metrics.failures.labels(err=error.kind or str(error.status_code)).inc()
+    if "/v1/" in request.url.path:
+        return JSONResponse(error.openai, error.status_code, error.headers)
     if error.kind is None:
         return PlainTextResponse(error.detail, error.status_code, error.headers)
     return JSONResponse(error.body, error.status_code, error.headers)
@@ -176,12 +178,15 @@ async def _told(request: Request, error: Exception) -> Response:
 
 async def _unfit(request: Request, error: RequestValidationError) -> Response:
     """A body of the wrong shape. TGI's web framework says so in plain text, as it does of a wrong content type."""
-    first = error.errors()[0]
     content_type = request.headers.get("content-type", "")
     if isinstance(error.body, bytes) or (error.body is None and "json" not in content_type):
         return await _refused(request, Refused(415, "Expected request with `Content-Type: application/json`"))
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    text = f"Failed to deserialize the JSON body into the target type: {where}: {first['msg']}"
+    if error.body is None:
+        return await _refused(request, Refused(400, "Failed to parse the request body as JSON: it is empty or null"))
+    deepest = max(error.errors(), key=lambda one: len(one["loc"]))  # of several types that were tried, the nearest
+    # pydantic puts names of types such as "list[Part]" between the fields.
+    where = ".".join(str(part) for part in deepest["loc"][1:] if "[" not in str(part))
+    text = f"Failed to deserialize the JSON body into the target type: {where}: {deepest['msg']}"
     return await _refused(request, Refused(422, text))
 
 

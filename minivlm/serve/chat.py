@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from minivlm.processor.prompts import ANSWER_MARK, Message
+from minivlm.processor.prompts import ANSWER_MARK, Message, normalise
 from minivlm.serve import tools as calls
 from minivlm.serve.errors import TOLD, Refused, refused
 from minivlm.serve.limits import StrictRoute
@@ -42,21 +42,22 @@ router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True,
-             responses={**refusals(), **CHUNKS})  # fmt: skip
+             responses={**refusals(openai=True), **CHUNKS})  # fmt: skip
 async def chat_completions(
     request: Request, response: Response, asked: ChatRequest, service: The, record: Admitted
 ) -> Any:
     """Answers to a dialogue; with `stream`, an event a token and then `[DONE]`."""
+    asked.check_rules(service.limits)
     parameters = asked.parameters()
     parameters.check(service.limits, stream=False)
     prompt = await service.work(prompt_of, service, asked)
-    running = await unless_gone(request, started(service, prompt, parameters, record, asked.n or 1))
+    running = await unless_gone(request, started(service, prompt, parameters, record, asked.each))
     if asked.stream:
         return EventStream(_events(service, asked, running), stream_headers(service, len(prompt.text)))
     finished = await unless_gone(request, all_of([generation.whole() for generation in running]))
     response.headers.update(headers(service, record, len(prompt.text), finished[0]))
     choices = [choice(service, asked, i, one) for i, one in enumerate(finished)]
-    return ChatCompletion(**envelope(service, "chat.completion"), choices=choices, usage=usage(finished, asked.n or 1))
+    return ChatCompletion(**envelope(service, "chat.completion"), choices=choices, usage=usage(finished, asked.each))
 
 
 @router.post("/chat_tokenize", responses=refusals())
@@ -73,7 +74,7 @@ async def chat_tokenize(request: Request, asked: ChatRequest, service: The, reco
 def prompt_of(service: Service, asked: ChatRequest) -> Prompt:
     """The dialogue through the model's chat template, its pictures where their parts stand. In a worker thread."""
     processor = service.pipeline.processor
-    messages = [message_of(message) for message in asked.messages]
+    messages = normalise([message_of(message) for message in asked.messages])
     if tools := asked.offered:
         last = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=None)
         if last is None:
@@ -120,8 +121,8 @@ def choice(service: Service, asked: ChatRequest, index: int, finished: Finished)
         else:
             arguments = json.dumps(call["arguments"], ensure_ascii=False)
             function = FunctionCall(name=call["name"], arguments=arguments)
-            message = AssistantMessage(role="assistant", content=None,
-                                       tool_calls=[ToolCall(id=call_id(), type="function", function=function)])  # fmt: skip
+            call = ToolCall(id=call_id(), type="function", function=function)
+            message = AssistantMessage(role="assistant", content=None, tool_calls=[call])
             reason = "tool_calls"
     return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason)
 
@@ -136,9 +137,7 @@ def logprobs_of(service: Service, pieces: Sequence[Piece]) -> list[ChatLogprob]:
     return [
         ChatLogprob(
             **likely(service, piece.token.id, piece.text, piece.token.logprob),
-            top_logprobs=[
-                Likely(**likely(service, one.id, one.text, one.logprob)) for one in piece.token.alternatives
-            ],
+            top_logprobs=[Likely(**likely(service, one.id, one.text, one.logprob)) for one in piece.token.alternatives],
         )
         for piece in pieces
         if not piece.special
@@ -176,7 +175,7 @@ async def _events(service: Service, asked: ChatRequest, running: list[Generation
                     reason = "tool_calls"
             yield chunk(ChatChunkChoice(index=i, delta=delta, logprobs=logprobs, finish_reason=reason))
         if asked.wants_usage:
-            yield chunk(usage=usage([generation.finished for generation in running], asked.n or 1))
+            yield chunk(usage=usage([generation.finished for generation in running], asked.each))
     except TOLD as error:
         yield event(refused(error).openai)
     yield DONE

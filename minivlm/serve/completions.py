@@ -35,11 +35,12 @@ async def completions(
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
     if not 1 <= len(prompts) <= service.limits.max_client_batch_size:
         raise batch_exceeded(service)
+    asked.check_rules(service.limits)
     parameters = asked.parameters()
     parameters.check(service.limits, stream=bool(asked.stream and parameters.decoder_input_details))
-    each = [started(service, prompt_of(prompt), parameters, record, asked.n or 1) for prompt in prompts]
+    each = [started(service, prompt_of(prompt), parameters, record, asked.each) for prompt in prompts]
     running = [one for group in await unless_gone(request, all_of(each)) for one in group]
-    echoes = [prompt if parameters.return_full_text else "" for prompt in prompts for _ in range(asked.n or 1)]
+    echoes = [prompt if parameters.return_full_text else "" for prompt in prompts for _ in range(asked.each)]
     characters = sum(map(len, prompts))
     if asked.stream:
         events = _events(service, asked, parameters, running, echoes)
@@ -51,12 +52,19 @@ async def completions(
                          logprobs=logprobs_of(asked, one.pieces, len(echo)))
         for i, (one, echo) in enumerate(zip(finished, echoes, strict=True))
     ]  # fmt: skip
-    return Completion(**envelope(service, "text_completion"), choices=choices, usage=usage(finished, asked.n or 1))
+    return Completion(**envelope(service, "text_completion"), choices=choices, usage=usage(finished, asked.each))
 
 
 for path in PATHS:
-    router.add_api_route(path, completions, methods=["POST"], response_model=Completion, response_model_exclude_unset=True,
-                         responses={**refusals(), **CHUNKS}, name=path)  # fmt: skip
+    router.add_api_route(
+        path,
+        completions,
+        methods=["POST"],
+        name=path,
+        response_model=Completion,
+        response_model_exclude_unset=True,
+        responses={**refusals(openai=True), **CHUNKS},
+    )
 
 
 async def _events(
@@ -75,7 +83,7 @@ async def _events(
             tgi = stream_response(service, running[i], piece, echoes[i], parameters)
             yield event(CompletionChunk(**shared, choices=[choice], **dict(tgi)))
         if asked.wants_usage:
-            numbers = usage([generation.finished for generation in running], asked.n or 1)
+            numbers = usage([generation.finished for generation in running], asked.each)
             yield event(CompletionUsage(**shared, choices=[], usage=numbers))
     except TOLD as error:
         yield event(refused(error).openai)

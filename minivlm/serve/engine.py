@@ -107,8 +107,9 @@ class Engine:
         Raises Overloaded if the line is full, InputError for a job that can never be answered, Closed while shutting
         down.
         """
-        row = Row(job.inputs, job.options, self.pipeline.vocabulary, self.max_total_tokens)
-        if job.grammar is not None:
+        guided = job.grammar is not None
+        row = Row(job.inputs, job.options, self.pipeline.vocabulary, self.max_total_tokens, verbatim=guided)
+        if guided:
             _check_grammar(job, row)
         work = Work(job, row, Answer(row, self._give_up), self._pictured(job))
         with self._changed:

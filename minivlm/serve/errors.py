@@ -33,8 +33,16 @@ class Refused(HTTPException):
 
     @property
     def openai(self) -> dict[str, Any]:
-        """The event by which TGI tells an error in a stream of OpenAI's routes."""
-        return {"error": {"message": self.detail, "http_status_code": self.status_code}}
+        """On OpenAI's routes, whose clients show only `error.message`; also TGI's event for an error in a stream."""
+        kind = self.kind or "invalid_request"
+        error = {
+            "message": self.detail,
+            "type": kind,
+            "param": None,
+            "code": None,
+            "http_status_code": self.status_code,
+        }
+        return {"error": error, "error_type": kind}
 
 
 def invalid(message: str, kind: str = "validation") -> Refused:

@@ -151,14 +151,13 @@ def parse(body: bytes) -> Any:
 
 def _check_structure(body: bytes) -> None:
     """Counts brackets and commas outside of strings, before anything is built from them."""
-    depth = values = 0
-    for found in STRUCTURE.finditer(body):
+    depth = 0
+    for values, found in enumerate(STRUCTURE.finditer(body)):
         character = found.group()[:1]
         if character in b"[{":
             depth += 1
         elif character in b"]}":
             depth -= 1
-        values += 1
         if depth > MAX_DEPTH:
             raise _not_json(f"nested more than {MAX_DEPTH} levels deep")
         if values > MAX_VALUES:

@@ -53,11 +53,12 @@ class Metrics:
         self.input_length = histogram("request_input_length", "Tokens of a prompt, its image tokens included", TOKENS)
         self.max_new_tokens = histogram("request_max_new_tokens", "Tokens that an answer might have had", TOKENS)
         self.generated = histogram("request_generated_tokens", "Tokens of an answer", TOKENS)
-        self.skipped = histogram("request_skipped_tokens", "Tokens of a prompt whose keys were kept", TOKENS)
+        self.skipped = histogram("request_skipped_tokens", "Tokens of an answer that were guessed ahead: none", TOKENS)
         self.steps = counter("batch_inference_count", "Steps of the batch")
         self.good_steps = counter("batch_inference_success", "Steps of the batch that no error ended")
         self.step_seconds = histogram("batch_inference_duration", "Seconds of a step of the batch")
         self.forward = histogram("batch_forward_duration", "Seconds of a step, sampling included")
+        self.decode = histogram("batch_decode_duration", "Seconds of a step that computed no prompt")
         self.batch_size = histogram("batch_next_size", "Answers in a step of the batch", ROWS)
         gauge("tgi_queue_size", "Answers that wait", lambda state: state.queued)
         gauge("tgi_batch_current_size", "Answers that run", lambda state: state.running)
@@ -76,6 +77,8 @@ class Metrics:
         self.step_seconds.observe(step.seconds)
         self.forward.observe(step.seconds)
         self.batch_size.observe(step.rows)
+        if not step.positions:
+            self.decode.observe(step.seconds)
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""

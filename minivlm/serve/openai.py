@@ -6,10 +6,9 @@ from pydantic import Field
 
 from minivlm.serve import tools as calls
 from minivlm.serve.errors import Refused, invalid
-from minivlm.serve.parameters import Form, Parameters, Schema, TextForm
+from minivlm.serve.parameters import Form, Parameters, Rule, Schema, TextForm
 from minivlm.serve.tgi import SimpleToken, StreamResponse
 from minivlm.serve.tools import Choice, Tool
-
 
 # ---- requests
 
@@ -79,12 +78,18 @@ class OpenAIRequest(Schema):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    n: int | None = Field(None, ge=1)
+    n: Annotated[int | None, Rule("`n` must be > 0 and <= {max_best_of}. Given: {value}",
+                                  gt=0, le="max_best_of")] = None  # fmt: skip
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+
+    @property
+    def each(self) -> int:
+        """The number of answers to a prompt."""
+        return self.n or 1
 
     @property
     def wants_usage(self) -> bool:
@@ -105,7 +110,6 @@ class OpenAIRequest(Schema):
             "frequency_penalty": self.frequency_penalty,
             "seed": self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
-            "best_of": self.n,
         }
 
 
@@ -172,7 +176,7 @@ class CompletionRequest(OpenAIRequest):
         """The same request in TGI's terms."""
         if self.suffix is not None:
             raise Refused(422, "Suffix is not supported: write the whole prompt in `prompt`", "suffix not supported")
-        if self.best_of is not None and self.best_of != (self.n or 1):
+        if self.best_of is not None and self.best_of != self.each:
             raise invalid("`best_of` other than `n` is not supported here, expected /generate")
         own = ("top_k", "typical_p", "repetition_penalty", "truncate", "watermark", "details", "decoder_input_details",
                "grammar", "adapter_id")  # fmt: skip

@@ -22,6 +22,13 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
+    def check_rules(self, limits: Limits) -> None:
+        """Raises 422, in TGI's words, for the first field that breaks its rule."""
+        for name, info in type(self).model_fields.items():
+            for rule in info.metadata:
+                if isinstance(rule, Rule):
+                    rule.check(vars(self)[name], limits)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -170,11 +177,8 @@ class Parameters(Schema):
     adapter_id: str | None = None
 
     def check(self, limits: Limits, stream: bool) -> None:
-        """Raises 422, in TGI's words, for the first rule that is broken."""
-        for name, info in Parameters.model_fields.items():
-            for rule in info.metadata:
-                if isinstance(rule, Rule):
-                    rule.check(vars(self)[name], limits)
+        """Raises 422, in TGI's words, for the first rule that is broken, of one field or between several."""
+        self.check_rules(limits)
         several = (self.best_of or 1) > 1
         for broken, message in (
             (several and not self.sampling, "you must use sampling when `best_of` is > 1"),

@@ -66,8 +66,12 @@ class Fetcher:
         return client.build_request(
             "GET",
             url.copy_with(host=str(address), fragment=None),
-            headers={"Host": url.netloc.decode("ascii"), "User-Agent": "minivlm", "Accept": "image/*",
-                     "Accept-Encoding": "identity"},  # fmt: skip
+            headers={
+                "Host": url.netloc.decode("ascii"),
+                "User-Agent": "minivlm",
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+            },
             extensions={"sni_hostname": url.host},
         )
 
@@ -104,6 +108,8 @@ def is_public(address: Address) -> bool:
             return False
         if address.ipv4_mapped is not None:
             return True
+        if address.is_site_local:  # local addresses of old
+            return False
     return address.is_global and not address.is_multicast
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 from asyncio import run as run_loop
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
         )
     if serving.api_key is not None and not (serving.api_key.isascii() and serving.api_key.isprintable()):
         raise InputError("--api-key: expected printable ASCII characters")
+    family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
+    listener = socket.create_server((serving.host, serving.port), family=family, backlog=2048)
     limits, log, metrics = limits.of_context(pipeline.context), Log(serving.json_logs), Metrics()
     engine = Engine(
         pipeline,
@@ -79,8 +82,6 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     server = Server(
         uvicorn.Config(
             app,
-            host=serving.host,
-            port=serving.port,
             http=Protocol,
             ws="none",
             log_config=None,
@@ -93,7 +94,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
         ),
         log,
     )
-    run_loop(server.serve())
+    run_loop(server.serve([listener]))
     log.say("stopped")
     return 130 if server.stopped_by == signal.SIGINT else 0
 
@@ -108,7 +109,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host, port = sockets[0].getsockname()[:2]
         self.log.say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 
     @contextmanager

@@ -8,13 +8,13 @@ from minivlm.serve.chat import chat_completions
 from minivlm.serve.completions import completions
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import ChatCompletion, ChatRequest, Completion, CompletionRequest
-from minivlm.serve.tgi import Admitted, CompatGenerateRequest, GenerateResponse, The, compat_generate
+from minivlm.serve.tgi import EVENTS, Admitted, CompatGenerateRequest, GenerateResponse, The, compat_generate
 from minivlm.serve.wire import refusals
 
 router = APIRouter(route_class=StrictRoute, tags=["SageMaker"])
 
 
-@router.post("/invocations", responses=refusals(), response_model_exclude_unset=True,
+@router.post("/invocations", responses={**refusals(), **EVENTS}, response_model_exclude_unset=True,
              response_model=list[GenerateResponse] | ChatCompletion | Completion)  # fmt: skip
 async def invocations(
     request: Request,

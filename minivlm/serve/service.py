@@ -27,8 +27,8 @@ from minivlm.processor import Inputs
 from minivlm.processor.images import FORMATS, load_image
 from minivlm.serve.engine import Engine
 from minivlm.serve.errors import invalid, overloaded
-from minivlm.serve.grammar import Grammar, compile_grammar
-from minivlm.serve.jobs import Answer, Job
+from minivlm.serve.grammar import compile_grammar
+from minivlm.serve.jobs import Answer, Grammar, Job
 from minivlm.serve.limits import Limits
 from minivlm.serve.metrics import Metrics
 from minivlm.serve.remote import Fetcher
@@ -146,6 +146,7 @@ class Generation:
         metrics.inference.observe(timings.prefill + timings.decode)
         metrics.input_length.observe(row.prompt_tokens)
         metrics.generated.observe(len(pieces))
+        metrics.skipped.observe(0)
         metrics.per_token.observe(timings.decode / max(1, len(pieces) - 1))
 
 
@@ -297,9 +298,7 @@ def truncated(inputs: Inputs, length: int, pipeline: Pipeline) -> Inputs:
         pictures += 1
     if lost < 0:
         raise invalid(f"`truncate` = {length} cuts through picture {pictures}, expected whole pictures")
-    return Inputs(
-        inputs.ids[drop:], inputs.tiles[tiles:], inputs.image_sizes[pictures:], inputs.tile_counts[pictures:]
-    )
+    return Inputs(inputs.ids[drop:], inputs.tiles[tiles:], inputs.image_sizes[pictures:], inputs.tile_counts[pictures:])
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -133,6 +133,14 @@ class VertexResponse(Schema):
 # ---- routes
 
 OPTIONS: dict[str, Any] = {"response_model_exclude_unset": True, "responses": refusals()}
+ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+# Of this route alone FastAPI would document errors as events, too.
+STREAM = {200: {"model": StreamResponse}} | {
+    status: {"description": told["description"], "content": ERROR | told.get("content", {})}
+    if "model" in told
+    else told
+    for status, told in refusals().items()
+}
 EVENTS = {200: {"content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamResponse"}}}}}
 
 
@@ -146,7 +154,7 @@ async def generate(
     return answer
 
 
-@router.post("/generate_stream", response_class=EventStream, responses={**refusals(), **EVENTS})
+@router.post("/generate_stream", status_code=200, response_class=EventStream, responses=STREAM)
 async def generate_stream(asked: GenerateRequest, service: The, record: Admitted) -> EventStream:
     """One answer, an event a token."""
     return EventStream(await generate_events(service, asked, record), stream_headers(service, len(asked.inputs)))
@@ -212,9 +220,7 @@ async def all_of(works: list[Any]) -> list[Any]:
     return [task.result() for task in running]
 
 
-async def generate_whole(
-    service: Service, asked: GenerateRequest, record: Record
-) -> tuple[GenerateResponse, Finished]:
+async def generate_whole(service: Service, asked: GenerateRequest, record: Record) -> tuple[GenerateResponse, Finished]:
     """The answer to a request, the best of several if that is asked for."""
     parameters = asked.parameters
     parameters.check(service.limits, stream=False)

@@ -42,13 +42,32 @@ ERRORS = {
 }
 
 
-def refusals() -> dict[int | str, dict[str, Any]]:
+class OpenAIError(BaseModel):
+    """What is wrong, where OpenAI's clients look for it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    http_status_code: int
+
+
+class OpenAIErrorResponse(BaseModel):
+    """What is wrong, on OpenAI's routes."""
+
+    error: OpenAIError
+    error_type: str
+
+
+def refusals(openai: bool = False) -> dict[int | str, dict[str, Any]]:
     """The responses, for the OpenAPI document, of a route that takes JSON."""
-    plain = {"text/plain": {"schema": {"type": "string"}}}
-    told = {status: {"description": text, "content": plain} for status, text in TEXTS.items()}
+    model = OpenAIErrorResponse if openai else ErrorResponse
+    told = {status: {"description": text, "model": model} for status, text in (TEXTS | ERRORS).items()}
+    if not openai:
+        plain = {"text/plain": {"schema": {"type": "string"}}}
+        told |= {status: {"description": text, "content": plain} for status, text in TEXTS.items()}
+        told[422]["content"] = plain
     told[401] = {"description": TEXTS[401]}
-    told |= {status: {"description": text, "model": ErrorResponse} for status, text in ERRORS.items()}
-    told[422]["content"] = plain
     return told
 
 
