@@ -8,7 +8,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from time import perf_counter
 from typing import Any, TextIO
@@ -131,13 +132,9 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    try:
+    with _extra_serve("serve"):
         from minivlm.serve.limits import Limits
         from minivlm.serve.run import Serving, serve
-    except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.startswith("minivlm"):
-            raise
-        raise InputError(f"serve: {missing.name} is not installed, expected pip install 'minivlm[serve]'") from None
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     limits = Limits(**{field.name: given[field.name] for field in fields(Limits) if field.name in given})
     named = {field.name: given[field.name] for field in fields(Serving) if field.name in given}
@@ -225,20 +222,16 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _bench_serving(arguments: argparse.Namespace) -> int:
     if arguments.rows != [SERVING] or arguments.threads or arguments.plot is not None:
         raise InputError(f"bench {SERVING}: expected alone, without other rows, --threads and --plot")
-    try:
+    with _extra_serve(f"bench {SERVING}"):
         from minivlm.serve import load
-    except ModuleNotFoundError as error:
-        raise InputError(f"bench {SERVING}: needs {error.name}: pip install 'minivlm[serve]'") from error
     report = load.run(None, arguments.device, arguments.backend, arguments.clients, arguments.quick, say)
     print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
     return 0 if report.ok else FAILED
 
 
 def _soak(arguments: argparse.Namespace) -> int:
-    try:
+    with _extra_serve("soak"):
         from minivlm.serve import soak
-    except ModuleNotFoundError as error:
-        raise InputError(f"soak: needs {error.name}: pip install 'minivlm[serve]'") from error
     named = (arguments.model, arguments.device, arguments.dtype, arguments.backend)
     report = soak.run(*named, arguments.minutes, arguments.clients, arguments.seed, say)
     print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
@@ -258,6 +251,17 @@ COMMANDS = {
 
 
 # What commands share.
+
+
+@contextmanager
+def _extra_serve(command: str) -> Iterator[None]:
+    """Around imports of minivlm.serve: tells of a package of the extra `serve` that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("minivlm"):
+            raise
+        raise InputError(f"{command}: {missing.name} is not installed, expected pip install 'minivlm[serve]'") from None
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Pipeline, float]:

@@ -128,7 +128,9 @@ def run(
         raise InputError(f"--clients: found {wrong[0]}, expected at least 1")
     folder, place = str(hub.resolve(model)), str(choose_device(device))
     missing = [name for name in NEEDED if find_spec(name) is None]
-    note = f"transformers serve: not measured, {missing[0]} is missing: pip install 'transformers[serving]'"
+    note = (
+        f"{THEIRS}: not measured, {missing[0]} is not installed: pip install 'transformers[serving]'" if missing else ""
+    )
     python = sys.executable
     ours = [python, "-m", "minivlm", "serve", "--model", folder, "--device", place, "--backend", backend]
     commands = {OURS: ours}
@@ -147,7 +149,7 @@ def run(
             for server in servers:
                 told(f"{server.name}: {number} clients, {len(asked)} questions")
                 levels.append(asyncio.run(_level(server, folder, asked, number)))
-    return Report(machine(choose_device(device), backend), tuple(levels), note if missing else "")
+    return Report(machine(choose_device(device), backend), tuple(levels), note)
 
 
 def _requests(clients: int, quick: bool) -> int:

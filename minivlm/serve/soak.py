@@ -28,7 +28,7 @@ from minivlm.serve.client import MAX_TOKENS, Question, Refused, Server
 from minivlm.serve.garbage import GARBAGE, Garbage
 
 MARGIN = 0.5  # nats between the best two tokens: a question is asked whose answer no rounding decides
-QUESTIONS = 96  # drawn; those within the margin are left out
+QUESTIONS = 64  # drawn; those within the margin are left out
 GROWTH, ALLOWANCE = 0.05, 32 * 2**20  # of memory between the second quarter and the last
 PATIENCE = 30  # seconds for garbage to be refused, and for a server without clients to become idle
 GAUGES = ("tgi_queue_size", "tgi_batch_current_size", "minivlm_asyncio_tasks")
