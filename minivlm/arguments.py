@@ -99,7 +99,7 @@ def _serve(parser: _Parser) -> None:
     group.add_argument("--fetch-seconds", type=float, metavar="S", help="to fetch a picture (default 20)")
     group = parser.add_argument_group("limits, named as in text-generation-inference where it has them")
     group.add_argument("--payload-limit", type=int, metavar="N", help="bytes of a body (default 20,000,000)")
-    group.add_argument("--body-seconds", type=float, metavar="S", help="for a body to come (default 30)")
+    group.add_argument("--body-seconds", type=float, metavar="S", help="for headers and for a body (default 30)")
     group.add_argument("--send-seconds", type=float, metavar="S", help="for a client to take a part (default 60)")
     group.add_argument("--max-concurrent-requests", type=int, metavar="N", help="beyond them 429 (default 128)")
     group.add_argument("--max-input-tokens", type=int, metavar="N", help="of a prompt (default: the model's context)")

@@ -3,10 +3,13 @@
 import logging
 import signal
 import socket
+from asyncio import Transport
 from asyncio import run as run_loop
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import uvicorn
 from PIL import Image
@@ -22,7 +25,7 @@ from minivlm.serve.metrics import Metrics
 from minivlm.serve.remote import Fetcher
 from minivlm.serve.service import Service
 
-HEADER_SECONDS = 20  # that a connection has to ask for something
+KEEP_ALIVE_SECONDS = 20  # that a connection may rest between two requests
 MAX_HEADER_BYTES = 64 * 1024
 
 
@@ -84,13 +87,13 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     server = Server(
         uvicorn.Config(
             app,
-            http=Protocol,
+            http=partial(Protocol, seconds=limits.body_seconds),
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=HEADER_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=serving.shutdown_seconds,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ),
@@ -133,19 +136,26 @@ class Server(uvicorn.Server):
 class Protocol(H11Protocol):
     """uvicorn's HTTP, with a clock for requests that never become whole: slow headers, a body nobody waits for."""
 
-    def connection_made(self, transport) -> None:
+    def __init__(self, *arguments: Any, seconds: float, **uvicorns: Any):
+        super().__init__(*arguments, **uvicorns)
+        self.seconds = seconds
+        self._suspect: object = None  # the request before what was half sent when the clock last struck
+
+    def connection_made(self, transport: Transport) -> None:
         """A connection: something has to be asked."""
         super().connection_made(transport)
-        self._asked = self.loop.call_later(HEADER_SECONDS, self._check)
+        self._clock = self.loop.call_later(self.seconds, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Its end: the clock stops too."""
-        self._asked.cancel()
+        self._clock.cancel()
         super().connection_lost(exc)
 
     def _check(self) -> None:
-        """Every so often: a connection that neither works on a request nor waits between two is closed."""
+        """A connection is closed that neither works on a request nor rests between two, and did neither before."""
         working = self.cycle is not None and not self.cycle.response_complete
-        if not working and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+        half_sent = not working and self.timeout_keep_alive_task is None
+        if half_sent and self._suspect is self.cycle and not self.transport.is_closing():
             self.transport.close()
-        self._asked = self.loop.call_later(HEADER_SECONDS, self._check)
+        self._suspect = self.cycle if half_sent else self
+        self._clock = self.loop.call_later(self.seconds, self._check)

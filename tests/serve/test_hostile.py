@@ -169,6 +169,21 @@ def test_a_slow_body(strict):
     assert told.startswith(b"HTTP/1.1 408 ") and b"not received within 1 s" in told
 
 
+@pytest.mark.parametrize("head", [b"", b"POST /gener", b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_slow_headers(strict, head):
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=PROMPT) as wire:
+        wire.sendall(head)
+        assert wire.recv(100) == b""
+
+
+def test_a_connection_may_rest_between_requests(strict):
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=PROMPT) as wire:
+        for _ in range(2):
+            wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert wire.recv(1000).startswith(b"HTTP/1.1 200 ")
+            time.sleep(2.2)  # longer than the time for headers, twice
+
+
 @pytest.mark.parametrize("request_", [b"\x16\x03\x01\x02\x00", b"GET /\r\n\r\n", b"A" * 200_000 + b"\r\n\r\n",
                                       b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"])  # fmt: skip
 def test_what_is_no_http(server, request_):
