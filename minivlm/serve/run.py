@@ -1,10 +1,9 @@
 """`minivlm serve`: a model, an engine and uvicorn put together, and how they are stopped."""
 
+import asyncio
 import logging
 import signal
 import socket
-from asyncio import Transport
-from asyncio import run as run_loop
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from minivlm.serve.remote import Fetcher
 from minivlm.serve.service import Service
 
 KEEP_ALIVE_SECONDS = 20  # that a connection may rest between two requests
+LAST_WORDS_SECONDS = 2  # to tell clients that their answers were given up
 MAX_HEADER_BYTES = 64 * 1024
 
 
@@ -80,7 +80,8 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
         fetcher = Fetcher(limits.max_image_bytes, limits.fetch_seconds, serving.allow_private_hosts)
     service = Service(serving.name, pipeline, engine, limits, fetcher, metrics)
     app = create_app(service, log, serving.api_key, serving.cors_allow_origin, serving.shutdown_seconds)
-    for name in ("uvicorn.error", "minivlm.serve"):
+    logging.captureWarnings(True)
+    for name in ("uvicorn.error", "minivlm.serve", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [Relay(log)], False
         logger.setLevel(logging.WARNING if name == "uvicorn.error" else logging.INFO)
@@ -94,12 +95,14 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=serving.shutdown_seconds,
+            timeout_graceful_shutdown=serving.shutdown_seconds + LAST_WORDS_SECONDS,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ),
+        engine,
+        serving.shutdown_seconds,
         log,
     )
-    run_loop(server.serve([listener]))
+    asyncio.run(server.serve([listener]))
     log.say("stopped")
     return 130 if server.stopped_by == signal.SIGINT else 0
 
@@ -107,15 +110,22 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells where it listens and returns when a signal stopped it."""
 
-    def __init__(self, config: uvicorn.Config, log: Log):
+    def __init__(self, config: uvicorn.Config, engine: Engine, seconds: float, log: Log):
         super().__init__(config)
-        self.log, self.stopped_by = log, 0
+        self.engine, self.seconds, self.log, self.stopped_by = engine, seconds, log, 0
 
     async def startup(self, sockets=None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
         self.log.say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answers that the engine gives up tell their clients so, before uvicorn ends what still runs."""
+        closing = asyncio.create_task(self.engine.close(self.seconds))
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            await closing
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -141,7 +151,7 @@ class Protocol(H11Protocol):
         self.seconds = seconds
         self._suspect: object = None  # the request before what was half sent when the clock last struck
 
-    def connection_made(self, transport: Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """A connection: something has to be asked."""
         super().connection_made(transport)
         self._clock = self.loop.call_later(self.seconds, self._check)

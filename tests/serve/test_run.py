@@ -35,11 +35,15 @@ def test_answers_that_take_too_long_are_ended(start):
     server = start("--shutdown-seconds", "0.5")
     body = {"inputs": "a", "parameters": {"max_new_tokens": 2000, **ENDLESS}}
     with server.client.stream("POST", "/generate_stream", json=body) as response:
-        told = response.iter_raw()
-        next(told)
+        lines = response.iter_lines()
+        assert json.loads(next(lines)[5:])["index"] == 1
         began = time.monotonic()
-        assert server.stop(signal.SIGINT) == 130
+        server.process.send_signal(signal.SIGINT)
+        told = [line for line in lines if line]
+    assert json.loads(told[-1][5:]) == {"error": "unhealthy", "error_type": "healthcheck"}
+    assert server.stop(0) == 130
     assert time.monotonic() - began < 10
+    assert not any("Traceback" in line for line in server.lines)
 
 
 def test_json_logs(strict):
