@@ -183,7 +183,7 @@ def test_tools(client, choice, temperature):
 def test_auto_may_talk_or_call_and_none_may_not(client):
     arguments = {"model": "m", "messages": ask("Hi"), "tools": [WEATHER], "max_tokens": 80, "temperature": 5.0}
     kinds = set()
-    for seed in range(6):
+    for seed in range(4):
         answer = client.chat.completions.create(**arguments, seed=seed).choices[0]
         assert (answer.message.tool_calls is None) == (answer.message.content is not None)
         assert answer.finish_reason == ("stop" if answer.message.tool_calls is None else "tool_calls")
