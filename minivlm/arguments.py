@@ -43,9 +43,11 @@ def parser() -> _Parser:
     for name, add, usage, text in (
         ("generate", _generate, "[QUESTION] [options]", "answer one question; without one, about a sample picture"),
         ("chat", _chat, "[options]", "a dialogue in the terminal, with pictures"),
+        ("serve", _serve, "[options]", "serve it over HTTP to the clients of TGI, OpenAI and Hugging Face"),
         ("parity", _parity, "[QUESTION] [options]", "compare a checkpoint stage by stage with transformers"),
         ("train", _train, "--out FOLDER [options]", f"train {SHIPPED} from nothing, or continue a run that stopped"),
         ("bench", _bench, "[ROW ...] [options]", "how fast it runs here, beside the physical limit and transformers"),
+        ("soak", _soak, "[options]", "minutes of clients good and bad against a running server, every answer checked"),
         ("eval", _eval, "[options]", f"ask {SHIPPED} held-out questions and print the table of scores"),
     ):
         command = commands.add_parser(
@@ -74,6 +76,46 @@ def _generate(parser: _Parser) -> None:
 def _chat(parser: _Parser) -> None:
     _image_option(parser)
     _answer_options(parser)
+    _load_options(parser)
+
+
+def _serve(parser: _Parser) -> None:
+    group = parser.add_argument_group("the server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)"
+    )
+    group.add_argument("--port", type=int, default=8080, metavar="N", help="port, 0 for a free one (default 8080)")
+    group.add_argument("--api-key", metavar="KEY", help="what clients must send as Authorization: Bearer KEY")
+    group.add_argument("--cors-allow-origin", action="append", metavar="ORIGIN",
+                       help="whose pages may ask; repeatable (default: any)")  # fmt: skip
+    group.add_argument("--shutdown-seconds", type=float, metavar="S", help="for answers to finish when it is stopped "
+                       "(default 30)")  # fmt: skip
+    group.add_argument("--json-logs", action="store_true", help="each line on stderr is a JSON object")
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--no-remote-images", dest="remote_images", action="store_false", help="fetch none")
+    group.add_argument("--allow-private-hosts", action="store_true",
+                       help="fetch also from this machine and its network")  # fmt: skip
+    group.add_argument("--max-images", type=int, metavar="N", help="of a request (default 8)")
+    group.add_argument("--max-image-bytes", type=int, metavar="N", help="of a picture's file (default 10,000,000)")
+    group.add_argument("--max-image-pixels", type=int, metavar="N", help="of a picture (default 50,000,000)")
+    group.add_argument("--fetch-seconds", type=float, metavar="S", help="to fetch a picture (default 20)")
+    group = parser.add_argument_group("limits, named as in text-generation-inference where it has them")
+    group.add_argument("--payload-limit", type=int, metavar="N", help="bytes of a body (default 20,000,000)")
+    group.add_argument("--body-seconds", type=float, metavar="S", help="for headers and for a body (default 30)")
+    group.add_argument("--send-seconds", type=float, metavar="S", help="for a client to take a part (default 60)")
+    group.add_argument("--max-concurrent-requests", type=int, metavar="N", help="beyond them 429 (default 128)")
+    group.add_argument("--max-input-tokens", type=int, metavar="N", help="of a prompt (default: the model's context)")
+    group.add_argument("--max-total-tokens", type=int, metavar="N", help="prompt and answer (default: the same)")
+    group.add_argument("--max-best-of", type=int, metavar="N", help="answers to one prompt (default 2)")
+    group.add_argument("--max-stop-sequences", type=int, metavar="N", help="(default 4)")
+    group.add_argument("--max-top-n-tokens", type=int, metavar="N", help="alternatives of a token (default 5)")
+    group.add_argument("--max-client-batch-size", type=int, metavar="N", help="prompts of a completion (default 4)")
+    group.add_argument("--validation-workers", type=int, metavar="N", help="threads for pictures and text (default 2)")
+    group = parser.add_argument_group("the engine")
+    group.add_argument("--max-batch", type=int, metavar="N", help="answers computed together (default 32)")
+    group.add_argument("--cache-bytes", type=int, metavar="N", help="for keys and values (default 1 GiB)")
+    group.add_argument("--picture-bytes", type=int, metavar="N", help="for encoded pictures (default 256 MiB)")
+    group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt positions of a step (default 512)")
     _load_options(parser)
 
 
@@ -112,14 +154,25 @@ def _eval(parser: _Parser) -> None:
 
 
 def _bench(parser: _Parser) -> None:
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(bench.NAMES)} (default: all there are)")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(bench.NAMES)} (default: all there are); "
+                        "or alone serving: many clients at once, beside transformers serve")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer rounds and the smaller decoder alone")
     parser.add_argument("--threads", type=int, nargs="+", default=[], metavar="N",
                         help="numbers of threads on a CPU (default: 1 and all)")  # fmt: skip
+    parser.add_argument("--clients", type=int, nargs="+", default=[], metavar="N",
+                        help="serving: numbers of clients (default 1 8 32 128)")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens a second against context and batch")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--backend", default="auto", help=f"auto, {' or '.join(backends.NAMES)} (default auto)")
     _json_option(parser)
+
+
+def _soak(parser: _Parser) -> None:
+    parser.add_argument("--minutes", type=float, default=10, metavar="M", help="how long (default 10)")
+    parser.add_argument("--clients", type=int, default=24, metavar="N", help="at once, half of them good (default 24)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other questions and moments (default 0)")
+    _json_option(parser)
+    _model_options(parser)
 
 
 def _image_option(parser: _Parser) -> None:

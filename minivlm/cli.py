@@ -8,8 +8,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -35,6 +36,7 @@ from minivlm.train import recipe
 from minivlm.train.run import standing, train
 
 FAILED, INTERRUPTED, NO_READER = 1, 130, 141
+SERVING = "serving"  # the part of `minivlm bench` that starts servers
 # What has a line to show and no need of a traceback.
 TOLD = (InputError, NumericError, OSError, SafetensorError, torch.OutOfMemoryError)
 
@@ -130,6 +132,18 @@ def _chat(arguments: argparse.Namespace) -> int:
     return dialogue(vlm.chat(arguments.system), pictures, settings)
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    with _extra_serve("serve"):
+        from minivlm.serve.limits import Limits
+        from minivlm.serve.run import Serving, serve
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    limits = Limits(**{field.name: given[field.name] for field in fields(Limits) if field.name in given})
+    named = {field.name: given[field.name] for field in fields(Serving) if field.name in given}
+    vlm, seconds = _load(arguments)
+    say(f"{arguments.model or SHIPPED} loaded in {seconds:.1f} s: {_where(vlm)}")
+    return serve(vlm, Serving(name=arguments.model or SHIPPED, **named), limits)
+
+
 def _parity(arguments: argparse.Namespace) -> int:
     report = parity.run(
         arguments.model,
@@ -186,6 +200,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if SERVING in arguments.rows:
+        return _bench_serving(arguments)
+    if arguments.clients:
+        raise InputError(f"--clients: only of bench {SERVING}")
     if any(number < 1 for number in arguments.threads):
         raise InputError(f"--threads: found {min(arguments.threads)}, expected at least 1")
     report = bench.run(
@@ -202,17 +220,49 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_serving(arguments: argparse.Namespace) -> int:
+    if arguments.rows != [SERVING] or arguments.threads or arguments.plot is not None:
+        raise InputError(f"bench {SERVING}: expected alone, without other rows, --threads and --plot")
+    with _extra_serve(f"bench {SERVING}"):
+        from minivlm.serve import load
+    report = load.run(None, arguments.device, arguments.backend, arguments.clients, arguments.quick, say)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else FAILED
+
+
+def _soak(arguments: argparse.Namespace) -> int:
+    with _extra_serve("soak"):
+        from minivlm.serve import soak
+    named = (arguments.model, arguments.device, arguments.dtype, arguments.backend)
+    report = soak.run(*named, arguments.minutes, arguments.clients, arguments.seed, say)
+    print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else "\n".join(report.lines()))
+    return 0 if report.ok else FAILED
+
+
 COMMANDS = {
     "generate": _generate,
     "chat": _chat,
+    "serve": _serve,
     "parity": _parity,
     "train": _train,
     "bench": _bench,
+    "soak": _soak,
     "eval": _eval,
 }
 
 
 # What commands share.
+
+
+@contextmanager
+def _extra_serve(command: str) -> Iterator[None]:
+    """Around imports of minivlm.serve: tells of a package of the extra `serve` that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("minivlm"):
+            raise
+        raise InputError(f"{command}: {missing.name} is not installed, expected pip install 'minivlm[serve]'") from None
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Pipeline, float]:

@@ -126,7 +126,7 @@ def test_a_question_from_stdin_keeps_all_but_its_last_line_break(run, folder, ty
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "expected a command: generate, chat, parity, train, bench, eval (see minivlm --help)"),
+        ([], "expected a command: generate, chat, serve, parity, train, bench, soak, eval (see minivlm --help)"),
         (["answer"], "invalid choice: 'answer'"),
         (["generate", "--colour"], "minivlm generate: unknown option --colour (see minivlm generate --help)"),
         (["generate", "--temp", "1"], "unknown option --temp"),  # no abbreviations

@@ -7,6 +7,8 @@ files stands for all it holds.
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -33,8 +35,8 @@ LEVELS = (
     "chat hub",
     "pipeline",
     "__init__",
-    "bench parity serve terminal train",
-    "evaluate",
+    "bench parity terminal train",
+    "evaluate serve",
     "arguments",
     "cli",
     "__main__",
@@ -212,6 +214,17 @@ def test_transformers_is_imported_only_for_comparison():
     for path in SOURCES:
         if not name_of(path).startswith(COMPARES_WITH_TRANSFORMERS):
             assert "transformers" not in {module.split(".")[0] for module in imports(path)}, name_of(path)
+
+
+def test_the_servers_packages_are_imported_by_the_server_only():
+    """They are an extra; without it everything else works."""
+    packages = {"fastapi", "httpx", "jsonschema", "llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+    for path in SOURCES:
+        if not name_of(path).startswith("serve/"):
+            assert not {module.split(".")[0] for module in imports(path)} & packages, name_of(path)
+    code = "import sys, minivlm.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not packages & set(loaded.split())
 
 
 # ---- what it says about itself

@@ -5,7 +5,9 @@ import platform
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -94,17 +96,12 @@ def _anonymous() -> int:
 
 
 def machine(device: torch.device, backend: str) -> dict[str, str]:
-    """What the numbers were measured on."""
-    import transformers
-
+    """What the numbers were measured on; transformers where it is installed."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "chip": chip,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "backend": backend,
-    }
+    found = {"chip": chip, "python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        found["transformers"] = version("transformers")
+    return found | {"backend": backend}
 
 
 def _processor() -> str:
