@@ -20,11 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivlm import __version__
 from minivlm.serve import chat, completions, sagemaker, tgi
-from minivlm.serve.errors import TOLD, Refused, closing, refused
+from minivlm.serve.errors import TOLD, ClientGone, Refused, closing, internal, refused
 from minivlm.serve.limits import BodyLimit
 from minivlm.serve.log import GONE, AccessLog, Log
 from minivlm.serve.openai import ChatChunk, CompletionChunk, Model, Models
-from minivlm.serve.service import ClientGone, Service
+from minivlm.serve.service import Service
 from minivlm.serve.wire import ErrorResponse, service_of
 
 PAGE = Path(__file__).with_name("page.html")
@@ -213,9 +213,8 @@ async def _gone(request: Request, error: ClientGone) -> Response:
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
-    """Our own mistake. What it was is in the log, not in the answer."""
-    service_of(request).metrics.failures.labels(err="internal").inc()
-    return JSONResponse({"error": "internal error, see the server's log", "error_type": "internal"}, 500)
+    """Our own mistake; uvicorn logs it."""
+    return await _refused(request, internal())
 
 
 HANDLERS: dict[type[Exception], Callable[..., Any]] = {

@@ -5,7 +5,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from minivlm.serve.errors import TOLD, refused
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import (
     Completion,
@@ -19,7 +18,6 @@ from minivlm.serve.parameters import Parameters
 from minivlm.serve.service import Generation, Piece, Service, unless_gone
 from minivlm.serve.tgi import Admitted, The, all_of, batch_exceeded, prompt_of, started, stream_response
 from minivlm.serve.wire import (
-    DONE,
     EventStream,
     envelope,
     event,
@@ -28,6 +26,7 @@ from minivlm.serve.wire import (
     merged,
     refusals,
     stream_headers,
+    told,
     usage,
 )
 
@@ -55,7 +54,7 @@ async def completions(
     characters = sum(map(len, prompts))
     if asked.stream:
         events = _events(service, asked, parameters, running, echoes)
-        return EventStream(events, stream_headers(service, characters))
+        return EventStream(told(service, events, openai=True), stream_headers(service, characters))
     finished = await unless_gone(request, all_of([generation.whole() for generation in running]))
     response.headers.update(headers(service, record, characters, finished[0]))
     choices = [
@@ -83,22 +82,18 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     shared = envelope(service, "text_completion")
     offsets = [0] * len(running)
-    try:
-        async for i, piece in merged(running):
-            finished = running[i].finished
-            reason = "" if finished is None else REASONS[finished.finish_reason]
-            text = (echoes[i] if piece.index == 1 else "") + piece.token.text
-            logprobs = logprobs_of(asked, [piece], offsets[i])
-            offsets[i] += len(text)
-            choice = CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=reason)
-            tgi = stream_response(service, running[i], piece, echoes[i], parameters)
-            yield event(CompletionChunk(**shared, choices=[choice], **dict(tgi)))
-        if asked.wants_usage:
-            numbers = usage([generation.finished for generation in running], asked.each)
-            yield event(CompletionUsage(**shared, choices=[], usage=numbers))
-    except TOLD as error:
-        yield event(refused(error).openai)
-    yield DONE
+    async for i, piece in merged(running):
+        finished = running[i].finished
+        reason = "" if finished is None else REASONS[finished.finish_reason]
+        text = (echoes[i] if piece.index == 1 else "") + piece.token.text
+        logprobs = logprobs_of(asked, [piece], offsets[i])
+        offsets[i] += len(text)
+        choice = CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=reason)
+        tgi = stream_response(service, running[i], piece, echoes[i], parameters)
+        yield event(CompletionChunk(**shared, choices=[choice], **dict(tgi)))
+    if asked.wants_usage:
+        numbers = usage([generation.finished for generation in running], asked.each)
+        yield event(CompletionUsage(**shared, choices=[], usage=numbers))
 
 
 def logprobs_of(asked: CompletionRequest, pieces: Sequence[Piece], offset: int) -> CompletionLogprobs | None:

@@ -26,7 +26,7 @@ from minivlm.pipeline import Pipeline
 from minivlm.processor import Inputs
 from minivlm.processor.images import FORMATS, load_image
 from minivlm.serve.engine import Engine
-from minivlm.serve.errors import invalid, overloaded
+from minivlm.serve.errors import ClientGone, invalid, overloaded
 from minivlm.serve.grammar import compile_grammar
 from minivlm.serve.jobs import Answer, Grammar, Job
 from minivlm.serve.limits import Limits
@@ -36,10 +36,6 @@ from minivlm.serve.remote import Fetcher
 MAX_CHARACTERS = 1_000_000  # of a prompt that shall be truncated; others are bounded by what could fit
 
 Result = TypeVar("Result")
-
-
-class ClientGone(Exception):
-    """The client closed its connection before the answer was ready; nobody will read a response."""
 
 
 @dataclass(frozen=True)
