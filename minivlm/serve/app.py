@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -72,13 +73,14 @@ def create_app(
 
     # A key is asked for by the middleware below, before a body is read; the dependency is for the document.
     secured = [] if api_key is None else [Depends(HTTPBearer(auto_error=False))]
-    app = FastAPI(
+    app = FastAPIOffline(  # its /docs loads nothing from elsewhere
         title="minivlm",
         version=__version__,
         description="A vision-language model behind the routes of text-generation-inference and OpenAI.",
         lifespan=lifespan,
         openapi_url="/api-doc/openapi.json",
         redoc_url=None,
+        static_url="/docs/assets",
     )
     app.state.service = service
     app.openapi = partial(_document, app.openapi)
