@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivlm import __version__
-from minivlm.serve import chat, completions, sagemaker, tgi
+from minivlm.serve import chat, completions, sagemaker, tasks, tgi
 from minivlm.serve.errors import TOLD, ClientGone, Refused, closing, internal, refused
 from minivlm.serve.limits import BodyLimit
 from minivlm.serve.log import GONE, AccessLog, Log
@@ -84,7 +84,7 @@ def create_app(
     )
     app.state.service = service
     app.openapi = partial(_document, app.openapi)
-    for part in (tgi.router, chat.router, completions.router, sagemaker.router):
+    for part in (tgi.router, tasks.router, chat.router, completions.router, sagemaker.router):
         app.include_router(part, dependencies=secured)
     app.include_router(router)
     for kind, handler in HANDLERS.items():
@@ -215,7 +215,7 @@ async def _gone(request: Request, error: ClientGone) -> Response:
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
-    """Our own mistake; uvicorn logs it."""
+    """Our own mistake outside of a `StrictRoute`; uvicorn logs it."""
     return await _refused(request, internal())
 
 

@@ -40,10 +40,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text that the model reads, `<image>` where a picture belongs, and where the pictures are."""
+    """The text that the model reads, `<image>` where a picture belongs; and the pictures: addresses, or their files."""
 
     text: str
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[str | bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,10 @@ class Service:
         """The text of one id by itself, special or not."""
         return self._pieces(token_id)
 
-    async def _bytes(self, source: str) -> bytes:
+    async def _bytes(self, source: str | bytes) -> bytes:
         """The file of one picture."""
+        if isinstance(source, bytes):
+            return source
         scheme = source[:8].lower()
         if scheme.startswith("data:"):
             return await self.work(data_uri, source, self.limits.max_image_bytes)

@@ -168,12 +168,10 @@ async def generate_stream(asked: GenerateRequest, service: The, record: Admitted
     return EventStream(await generate_events(service, asked, record), stream_headers(service, len(asked.inputs)))
 
 
-@router.post("/", responses={**refusals(), **EVENTS}, response_model=list[GenerateResponse],
-             response_model_exclude_unset=True)  # fmt: skip
 async def compat_generate(
     request: Request, response: Response, asked: CompatGenerateRequest, service: The, record: Admitted
 ) -> Any:
-    """What huggingface_hub calls: `/generate` in a list, or `/generate_stream` if `stream` is true."""
+    """`/generate` in a list, or `/generate_stream` if `stream` is true."""
     if asked.stream:
         return await generate_stream(asked, service, record)
     return [await generate(request, response, asked, service, record)]
