@@ -145,24 +145,19 @@ def call_id() -> str:
 
 
 def logprobs_of(service: Service, pieces: Sequence[Piece]) -> list[ChatLogprob]:
-    """The tokens in OpenAI's form: of the model's own distribution, without the end-of-text token."""
+    """The tokens in OpenAI's form, of the model's own distribution; the end-of-text token is one of them."""
+
+    def likely(token_id: int, logprob: float, bare: bool) -> dict[str, Any]:
+        text, data = service.spelled(token_id, bare)
+        return {"token": text, "logprob": logprob, "bytes": data}
+
     return [
         ChatLogprob(
-            **likely(service, piece.token.id, piece.text, piece.token.logprob),
-            top_logprobs=[Likely(**likely(service, one.id, one.text, one.logprob)) for one in piece.token.alternatives],
+            **likely(piece.token.id, piece.token.logprob, piece.bare),
+            top_logprobs=[Likely(**likely(one.id, one.logprob, piece.bare)) for one in piece.token.alternatives],
         )
         for piece in pieces
-        if not piece.special
     ]
-
-
-def likely(service: Service, token_id: int, text: str, logprob: float) -> dict[str, Any]:
-    """The fields of `Likely`. A token that is one byte of a character has no text of its own, but that byte."""
-    tokenizer = service.pipeline.processor.tokenizer
-    data = list(text.encode())
-    if token_id in tokenizer.byte_ids:
-        data = [int(tokenizer.backend.id_to_token(token_id)[1:-1], 16)]
-    return {"token": text, "logprob": logprob, "bytes": data}
 
 
 async def _events(service: Service, asked: ChatRequest, running: list[Generation]) -> AsyncIterator[bytes]:

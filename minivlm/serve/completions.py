@@ -59,7 +59,7 @@ async def completions(
     response.headers.update(headers(service, record, characters, finished[0]))
     choices = [
         CompletionChoice(index=i, text=echo + one.text, finish_reason=REASONS[one.finish_reason],
-                         logprobs=logprobs_of(asked, one.pieces, len(echo)))
+                         logprobs=logprobs_of(service, asked, one.pieces, len(echo)))
         for i, (one, echo) in enumerate(zip(finished, echoes, strict=True))
     ]  # fmt: skip
     return Completion(**envelope(service, "text_completion"), choices=choices, usage=usage(finished, asked.each))
@@ -86,7 +86,7 @@ async def _events(
         finished = running[i].finished
         reason = "" if finished is None else REASONS[finished.finish_reason]
         text = (echoes[i] if piece.index == 1 else "") + piece.token.text
-        logprobs = logprobs_of(asked, [piece], offsets[i])
+        logprobs = logprobs_of(service, asked, [piece], offsets[i])
         offsets[i] += len(text)
         choice = CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=reason)
         tgi = stream_response(service, running[i], piece, echoes[i], parameters)
@@ -96,15 +96,18 @@ async def _events(
         yield event(CompletionUsage(**shared, choices=[], usage=numbers))
 
 
-def logprobs_of(asked: CompletionRequest, pieces: Sequence[Piece], offset: int) -> CompletionLogprobs | None:
-    """The tokens in OpenAI's older form, if they were asked for, without the end-of-text token."""
+def logprobs_of(
+    service: Service, asked: CompletionRequest, pieces: Sequence[Piece], offset: int
+) -> CompletionLogprobs | None:
+    """The tokens in OpenAI's older form, if they were asked for; the end-of-text token is one of them."""
     if asked.logprobs is None:
         return None
-    pieces = [piece for piece in pieces if not piece.special]
-    offsets = [offset + sum(len(one.text) for one in pieces[:i]) for i in range(len(pieces))]
     return CompletionLogprobs(
-        tokens=[piece.text for piece in pieces],
+        tokens=[service.spelled(piece.token.id, piece.bare)[0] for piece in pieces],
         token_logprobs=[piece.token.logprob for piece in pieces],
-        top_logprobs=[{one.text: one.logprob for one in piece.token.alternatives} for piece in pieces],
-        text_offset=offsets,
+        top_logprobs=[
+            {service.spelled(one.id, piece.bare)[0]: one.logprob for one in piece.token.alternatives}
+            for piece in pieces
+        ],
+        text_offset=[offset + sum(len(one.text) for one in pieces[:i]) for i in range(len(pieces))],
     )

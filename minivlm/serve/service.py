@@ -48,12 +48,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as TGI shows it: `text` is what it adds, stop strings and special tokens included. index: from 1."""
+    """A token as TGI shows it: `text` is what it adds, stop strings and special tokens included. index: from 1.
+
+    bare: it begins a text that loses the blank before its first word.
+    """
 
     index: int
     token: Token
     text: str
     special: bool
+    bare: bool
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,15 @@ class Generation:
         """The tokens as they come. Raises what `errors.TOLD` lists."""
         vocabulary = self._service.pipeline.vocabulary
         tokenizer, ends = vocabulary.tokenizer, vocabulary.tokenizer.special_ids | vocabulary.eos_ids
-        texts = tokenizer.stream()
+        texts = tokenizer.stream(before=self.answer.row.before)
         pieces: list[Piece] = []
         async for token in self.answer:
             special = token.id in ends
             text = tokenizer.decode([token.id], skip_special=False) if special else texts.push(token.id)
             if token.finish_reason is not None:
                 text = texts.finish() + text if special else text + texts.finish()
-            pieces.append(Piece(len(pieces) + 1, token, text, special))
+            bare = not pieces and not self.answer.row.before
+            pieces.append(Piece(len(pieces) + 1, token, text, special, bare))
             if token.finish_reason is not None:
                 self._end(pieces)
             yield pieces[-1]
@@ -235,6 +240,18 @@ class Service:
     def piece(self, token_id: int) -> str:
         """The text of one id by itself, special or not."""
         return self._pieces(token_id)
+
+    def spelled(self, token_id: int, bare: bool) -> tuple[str, list[int] | None]:
+        """An id as OpenAI's routes tell it wherever it could stand: its text, and the bytes of it.
+
+        A byte of a longer character is written as `\\xe2`; special tokens have no bytes. bare: see `Piece`.
+        """
+        tokenizer = self.pipeline.vocabulary.tokenizer
+        if token_id in tokenizer.byte_ids:
+            value = int(tokenizer.backend.id_to_token(token_id)[1:-1], 16)
+            return f"\\x{value:02x}", [value]
+        text = tokenizer.decode([token_id], skip_special=False) if bare else self.piece(token_id)
+        return text, None if token_id in tokenizer.special_ids else list(text.encode())
 
     async def _bytes(self, source: str | bytes) -> bytes:
         """The file of one picture."""
