@@ -1,5 +1,6 @@
 """The FastAPI application: routes and middleware put together, health, metrics, keys, and how errors are told."""
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -67,6 +68,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        try:
+            await asyncio.gather(service.warm(), service.work(app.openapi))
+        except (*TOLD, Refused) as error:  # limits that allow no picture; or each request will be told
+            log.say(f"not warmed: {error}")
         yield
         await service.engine.close(grace)
         service.close()

@@ -33,6 +33,7 @@ from minivlm.serve.limits import Limits
 from minivlm.serve.metrics import Metrics
 from minivlm.serve.remote import Fetcher
 
+WARM_TOKENS = 2  # the second is the first that is decoded alone
 MAX_CHARACTERS = 1_000_000  # of a prompt that shall be truncated; others are bounded by what could fit
 
 Result = TypeVar("Result")
@@ -169,6 +170,18 @@ class Service:
     def close(self) -> None:
         """Ends the worker threads; the engine has a `close` of its own."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def warm(self) -> None:
+        """Makes what is made once: the grammars' tokenizer, kernels, graphs and buffers of tower and decoder."""
+        processor = self.pipeline.processor
+        message = {"role": "user", "content": [{"type": "image"}]}
+        text = "<image>" if processor.chat_template is None else processor.render([message])
+        picture = io.BytesIO()
+        Image.new("RGB", (320, 320)).save(picture, "PNG")
+        inputs = await self.inputs(Prompt(text, (picture.getvalue(),)))
+        for grammar in (None, await self.grammar("regex", "aa?")):
+            async for _ in self.engine.submit(Job(inputs, Options(max_new_tokens=WARM_TOKENS), grammar)):
+                pass
 
     @contextmanager
     def admitted(self) -> Iterator[Record]:

@@ -103,6 +103,11 @@ def test_a_picture_that_is_not_a_number_is_424(server):
     assert event == answer.json()
 
 
+def test_a_model_that_fails_at_the_start_is_told(server):
+    (line,) = (line for line in server.lines if "not warmed: " in line)
+    assert "expected a finite number" in line
+
+
 def test_others_are_not_harmed(server, vlm):
     known = vlm.generate("[INST] Is it red? [/INST]", raw=True).text
     streams = [server.client.stream("POST", "/generate_stream", json=asked(fault[0])) for fault in FAULTS]

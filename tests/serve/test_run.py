@@ -81,3 +81,24 @@ def test_a_port_that_is_taken(server):
 
 def test_it_listens_on_this_machine_alone(server):
     assert server.url.startswith("http://127.0.0.1:")
+
+
+def test_it_is_warm_before_it_listens(start):
+    """A picture, a grammar and the document are made at the start, when nobody waits; it is told if that fails."""
+    warm, cold = start(), start("--max-input-tokens", "100")
+    for server, told in ((warm, 0), (cold, 1)):
+        before = next(i for i, line in enumerate(server.lines) if "listening on" in line)
+        refused = [line for line in server.lines[:before] if "not warmed: " in line and "less than 100 tokens" in line]
+        assert len(refused) == told
+        assert server.metric("minivlm_pictures_encoded") == 1 - told
+        assert server.stop() == 0
+
+
+def test_small_answers_do_not_wait_for_the_network(server):
+    """Headers and body are two writes: with Nagle's algorithm the second waits some 40 ms for the client's ACK."""
+    taken = []
+    for _ in range(15):
+        began = time.monotonic()
+        assert server.post("/tokenize", {"inputs": "a"}).is_success
+        taken.append(time.monotonic() - began)
+    assert sorted(taken)[len(taken) // 2] < 0.03
