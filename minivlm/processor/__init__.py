@@ -183,16 +183,19 @@ class Processor:
 
     def _inputs(self, ids: list[int], images: Sequence[ImageSource], expanded: bool = False) -> Inputs:
         check_images(images)
-        pictures = [load_image(image) for image in images]
-        sizes = tuple((picture.height, picture.width) for picture in pictures)
+        sizes, tiles = [], []
+        for image in images:  # one after another, so that only one is ever large
+            picture = load_image(image)
+            sizes.append((picture.height, picture.width))
+            tiles.append(preprocess(picture, self.image_config))
+            del picture
         counts = [self.geometry.image_token_count(size) for size in sizes]
         ids = self._checked(ids, counts) if expanded else self._expanded(ids, counts)
-        tiles = [preprocess(picture, self.image_config) for picture in pictures]
         side = self.geometry.image_size
         return Inputs(
             ids=tuple(ids),
             tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, side, side),
-            image_sizes=sizes,
+            image_sizes=tuple(sizes),
             tile_counts=tuple(len(picture) for picture in tiles),
         )
 

@@ -32,6 +32,7 @@ URL_DEADLINE = 120.0  # seconds in all
 MAX_BYTES = 64 * 2**20
 # What Pillow may open: pictures that cameras and programs write, nothing that runs a program (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF")
+STRIP = 256  # rows
 RGB_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 ALPHA_MODES = ("LA", "PA", "RGBA")
 # What Pillow's decoders raise on damaged files; UnidentifiedImageError is an OSError.
@@ -149,7 +150,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
             if hasattr(image, "n_frames") and image.n_frames > 1 and image.format != "MPO":
                 raise InputError(f"picture {name}: has {image.n_frames} frames, expected one")
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -160,7 +161,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise InputError(f"picture {name}: not a picture in a format that is read ({', '.join(FORMATS)})") from None
     except DAMAGED as error:
         raise InputError(f"picture {name}: damaged or truncated ({_reason(error)})") from None
-    return _to_rgb(upright, name)
+    return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -173,14 +174,23 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             return _grey_16_to_rgb(image)
         keyed = image.mode in RGB_MODES and image.info.get("transparency") is not None
         if image.mode in ALPHA_MODES or keyed:
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return _on_white(image)
         if image.mode in RGB_MODES:
             return image.convert("RGB")
     except DAMAGED as error:
         raise InputError(f"picture {name}: damaged or truncated ({_reason(error)})") from None
     # "I" and "F" samples have no defined white; the premultiplied modes and LAB are nobody's file format.
     raise InputError(f"picture {name}: mode {image.mode} is not supported, convert it to RGB first")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Strip by strip: as a whole it would take the picture's memory three times more."""
+    shown = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        shown.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return shown
 
 
 def _grey_16_to_rgb(image: Image.Image) -> Image.Image:

@@ -211,7 +211,7 @@ async def _unfit(request: Request, error: RequestValidationError) -> Response:
 
 async def _http(request: Request, error: HTTPException) -> Response:
     """An unknown route or method, in JSON that names it."""
-    body = {"error": f"{request.method} {request.url.path}: {error.detail}", "error_type": "not_found"}
+    body = {"error": f"{request.method} {request.url.path[:100]}: {error.detail}", "error_type": "not_found"}
     return JSONResponse(body, error.status_code, error.headers)
 
 

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivlm.errors import InputError
@@ -69,6 +70,12 @@ class Limits:
         return Limits(**{**vars(self), "max_total_tokens": total, "max_input_tokens": inputs})
 
 
+# Servers before this one may read the one length, this one the other: a request could hide behind the difference.
+AMBIGUOUS = PlainTextResponse(
+    "Found Content-Length and Transfer-Encoding, expected one of them", 400, {"Connection": "close"}
+)
+
+
 class BodyLimit:
     """ASGI middleware: no body is larger or slower than the limits, and no client stalls its answer for ever."""
 
@@ -80,7 +87,10 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         limits, loop = self.limits, asyncio.get_running_loop()
         deadline, size, whole = loop.time() + limits.body_seconds, 0, False
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        given = dict(scope["headers"])
+        declared = given.get(b"content-length", b"0")
+        if b"content-length" in given and b"transfer-encoding" in given:
+            return await AMBIGUOUS(scope, receive, send)
 
         async def limited_receive() -> Message:
             nonlocal size, whole

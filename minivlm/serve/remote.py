@@ -17,6 +17,10 @@ CONNECT_SECONDS = 5.0
 REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 that carries an IPv4 address: NAT64 may lead into the network that the inner address names.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# All IPv6 addresses of the open internet; others that `ipaddress` calls global are obsolete or of one network only.
+UNICAST = ipaddress.ip_network("2000::/3")
+# Not of the open internet, whatever the `ipaddress` of this Python knows: documents, relays of old.
+RESERVED = tuple(map(ipaddress.ip_network, ("3fff::/20", "192.88.99.0/24")))
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -106,11 +110,11 @@ def is_public(address: Address) -> bool:
             inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
         if not all(is_public(one) for one in inner if one is not None):
             return False
-        if address.ipv4_mapped is not None:
+        if address.ipv4_mapped is not None or address in NAT64:
             return True
-        if address.is_site_local:  # local addresses of old
+        if address not in UNICAST:
             return False
-    return address.is_global and not address.is_multicast
+    return address.is_global and not address.is_multicast and not any(address in network for network in RESERVED)
 
 
 def _short(url: str) -> str:

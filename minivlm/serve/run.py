@@ -27,6 +27,7 @@ from minivlm.serve.service import Service
 KEEP_ALIVE_SECONDS = 20  # that a connection may rest between two requests
 LAST_WORDS_SECONDS = 2  # to tell clients that their answers were given up
 MAX_HEADER_BYTES = 64 * 1024
+PICTURE_BLOCK = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
         fetcher = Fetcher(limits.max_image_bytes, limits.fetch_seconds, serving.allow_private_hosts)
     service = Service(serving.name, pipeline, engine, limits, fetcher, metrics)
     app = create_app(service, log, serving.api_key, serving.cors_allow_origin, serving.shutdown_seconds)
+    # Above what malloc keeps for itself: the memory of a large picture goes back to the system behind its request.
+    Image.core.set_block_size(PICTURE_BLOCK)
     logging.captureWarnings(True)
     for name in ("uvicorn.error", "minivlm.serve", "py.warnings"):
         logger = logging.getLogger(name)

@@ -24,7 +24,7 @@ from minivlm.answer import Options, Token
 from minivlm.errors import InputError
 from minivlm.pipeline import Pipeline
 from minivlm.processor import Inputs
-from minivlm.processor.images import FORMATS, load_image
+from minivlm.processor.images import FORMATS
 from minivlm.serve.engine import Engine
 from minivlm.serve.errors import ClientGone, invalid, overloaded
 from minivlm.serve.grammar import compile_grammar
@@ -280,10 +280,10 @@ class Service:
         return await self.fetcher.fetch(source)
 
     def _inputs(self, text: str, files: Sequence[bytes]) -> Inputs:
-        """In a worker thread: pictures one after another, so that only one is ever large."""
+        """In a worker thread. The processor opens pictures one after another, so that only one is ever large."""
         for file in files:
             check_pixels(file, self.limits.max_image_pixels)
-        return self.pipeline.processor(text, [load_image(file) for file in files])
+        return self.pipeline.processor(text, files)
 
 
 def data_uri(uri: str, most: int) -> bytes:

@@ -76,6 +76,13 @@ def test_transparent_becomes_white_and_half_transparent_is_mixed():
     assert np.asarray(load_image(image)).tolist() == [[[255, 255, 255], [127, 127, 127]]]
 
 
+def test_tall_pictures_are_put_on_white_as_in_one_piece():
+    image = Image.effect_noise((3, 2 * images.STRIP + 5), 90)
+    image = Image.merge("RGBA", [image, image.rotate(180), image, Image.effect_noise(image.size, 90)])
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    same(load_image(image), Image.alpha_composite(white, image).convert("RGB"))
+
+
 def test_sixteen_bits_keep_the_high_byte():
     """Pillow, and so transformers, would clip every sample above 255 to white."""
     samples = np.array([[0x0000, 0x00FF, 0x1234, 0xABCD, 0xFFFF]], np.uint16)

@@ -1,6 +1,7 @@
 """The whole processor against transformers' LlavaNextProcessor and LlavaProcessor; folders of every kind."""
 
 import json
+import weakref
 from dataclasses import replace
 from functools import cache
 
@@ -18,8 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import minivlm.processor
 from minivlm.errors import InputError
 from minivlm.processor import ImageConfig, Processor, Tokenizer, VisionGeometry
+from minivlm.processor.images import load_image
 from minivlm.processor.prompts import TEMPLATES, question_to_messages
 
 PINS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -144,6 +147,21 @@ def test_an_expanded_prompt_is_refused_unless_it_is_announced():
     swapped = "a" + "<image>" * counts[1] + "b" + "<image>" * counts[0]
     with pytest.raises(InputError, match="does not fit"):
         processor(swapped, images, expanded=True)
+
+
+def test_one_picture_is_open_at_a_time(monkeypatch):
+    """Several large ones together would take gigabytes."""
+    opened, still = [], []
+
+    def watched(source):
+        still.append(sum(reference() is not None for reference in opened))
+        picture = load_image(source)
+        opened.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(minivlm.processor, "load_image", watched)
+    inputs = make()("<image><image><image>", [np.zeros((8, 8, 3), np.uint8)] * 3)
+    assert len(inputs.image_sizes) == 3 and still == [0, 0, 0]
 
 
 @pytest.mark.parametrize("text, count", [("<image>", 0), ("hello", 1), ("<image><image>", 1), ("<image>", 3)])

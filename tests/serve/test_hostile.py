@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 import socket
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,9 +22,11 @@ PROMPT = 5.0  # seconds
 ENDLESS = {"temperature": 1e6, "seed": 2}  # draws a thousand ids behind "a" before it draws the end
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that unpacks to width x height pixels of zeros."""
+def bomb(width: int, height: int, words: bytes = b"") -> bytes:
+    """A PNG of a few bytes that unpacks to width x height pixels of zeros, or to many megabytes of words."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
+    if words:
+        chunks.append((words, b"k\0\0" + zlib.compress(bytes(50_000_000), 9)))
     row = zlib.compressobj(9)
     chunks += [(b"IDAT", row.compress(bytes(100_000)) + row.flush()), (b"IEND", b"")]
     parts = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks]
@@ -76,6 +80,17 @@ BODIES = [
     ("half a picture", "/generate", picture(DATA_URI[: 22 + 4000]), 422, "truncated"),
     ("an empty picture", "/generate", picture("data:image/png;base64,"), 422, "is empty"),
     ("a bomb", "/generate", picture(data_uri(bomb(60_000, 60_000))), 422, "decompression bomb"),
+    ("a large bomb", "/generate", picture(data_uri(bomb(100_000, 100_000))), 422, "decompression bomb"),
+    ("the largest bomb", "/generate", picture(data_uri(bomb(2**31 - 1, 2**31 - 1))), 422, "decompression bomb"),
+    ("no pixels", "/generate", picture(data_uri(bomb(0, 5))), 422, "not a picture"),
+    ("a bomb of words", "/generate", picture(data_uri(bomb(8, 8, b"zTXt"))), 422, "MAX_TEXT_CHUNK"),
+    ("a bomb of colours", "/generate", picture(data_uri(bomb(8, 8, b"iCCP"))), 422, "MAX_TEXT_CHUNK"),
+    ("SVG", "/generate", picture(data_uri(b'<svg xmlns="http://www.w3.org/2000/svg"/>')), 422, "not a picture"),
+    ("EPS", "/generate", picture(data_uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), 422, "not a picture"),
+    ("PDF", "/generate", picture(data_uri(b"%PDF-1.4\n%%EOF")), 422, "not a picture"),
+    ("deep JSON as a picture", "/generate", picture(data_uri(b"[" * 200_000)), 422, "not a picture"),
+    ("deep JSON in a data URI", "/generate", picture("data:application/json," + "[" * 50_000), 422, "expected data:"),
+    ("a blank in base64", "/generate", picture(DATA_URI[:99] + " " + DATA_URI[99:]), 422, "not base64"),
     ("a smaller bomb", "/generate", picture(data_uri(bomb(8_000, 8_000))), 422, "at most 50000000"),
     ("an animation", "/generate", picture(data_uri(frames())), 422, "2 frames"),
     ("many pictures", "/generate", json.dumps({"inputs": f"![]({DATA_URI})" * 9}).encode(), 422, "too many pictures"),
@@ -118,11 +133,13 @@ def test_json_with_a_suffix_or_charset_is_json(server):
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/nowhere", 404), ("POST", "/nowhere", 404), ("GET", "/generate", 405), ("PUT", "/generate", 405),
     ("DELETE", "/", 405), ("POST", "/health", 405), ("POST", "/v1/responses", 404), ("GET", "/%ff%00", 404),
-    ("GET", "/../../etc/passwd", 404), ("TRACE", "/", 405),
+    ("GET", "/../../etc/passwd", 404), ("TRACE", "/", 405), ("GET", "/" + "a" * 50_000, 404),
+    ("GET", "/docs/assets/..%2f..%2fcore.py", 404), ("GET", "/docs/assets/%00", 404), ("OPTIONS", "*", 404),
 ])  # fmt: skip
 def test_an_unknown_route_or_method(server, method, path, status):
     answer = server.client.request(method, path)
     assert answer.status_code == status and answer.json()["error_type"] == "not_found"
+    assert len(answer.text) < 200
 
 
 def test_a_100_mb_data_uri_is_refused_before_it_is_read(server):
@@ -178,6 +195,66 @@ def test_a_connection_may_rest_between_requests(strict):
             wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert wire.recv(1000).startswith(b"HTTP/1.1 200 ")
             time.sleep(seconds)
+
+
+CHUNKED = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+TALK = [
+    ("pipelined", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 3 + b"GET /no HTTP/1.0\r\n\r\n", [200, 200, 200, 404]),
+    ("HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", [200]),
+    ("both lengths", CHUNKED + b"Content-Length: 4\r\n\r\n2\r\n{}\r\n0\r\n\r\nGET /health HTTP/1.1\r\n\r\n", [400]),
+    ("a chunk of no number", CHUNKED + b"\r\nzz\r\n{}\r\n0\r\n\r\n", [400]),
+    ("a chunk below nothing", CHUNKED + b"\r\n-2\r\n{}\r\n0\r\n\r\n", [400]),
+    ("a chunk that is longer", CHUNKED + b"\r\n1\r\n{}\r\n0\r\n\r\n", [400]),
+    ("another coding", CHUNKED.replace(b"chunked", b"gzip, chunked") + b"\r\n0\r\n\r\n", [400]),
+    ("two lengths", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", [400]),
+    ("a length without end", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n{}", [400]),
+    ("bytes in a path", b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", [400]),
+    ("bytes in a header", b"GET /health HTTP/1.0\r\nAccept: \xff\xfe\r\nContent-Type: \xff\r\n\r\n", [200]),
+    ("a web socket", b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n"
+     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", [200]),
+    ("a tunnel", b"CONNECT a:443 HTTP/1.0\r\n\r\n", [404]),
+    ("another host", b"GET http://a.example/health HTTP/1.0\r\n\r\n", [404]),
+    ("zeros", bytes(1000), [400]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent, statuses", [row[1:] for row in TALK], ids=[row[0] for row in TALK])
+def test_odd_talk(server, sent, statuses):
+    """Each request gets its answer, and what cannot be understood ends the connection."""
+    told = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PROMPT) as wire:
+        wire.sendall(sent)
+        while part := wire.recv(2**16):
+            told += part
+    assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", told)] == statuses
+
+
+def test_a_thousand_idle_connections(server):
+    wires = [socket.create_connection(("127.0.0.1", server.port), timeout=PROMPT) for _ in range(1000)]
+    began = time.monotonic()
+    assert server.client.get("/health").is_success and time.monotonic() - began < PROMPT
+    for wire in wires:
+        wire.close()
+    files = Path(f"/proc/{server.process.pid}/fd")
+    if files.is_dir():
+        server.until(lambda: len(list(files.iterdir())) < 100)
+
+
+def test_large_pictures_leave_no_memory_behind(server):
+    """Each has some 200 MB once it is open."""
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.is_file():
+        pytest.skip("reads /proc")
+
+    def held(key: str) -> float:
+        return int(re.search(rf"{key}:\s+(\d+) kB", status.read_text())[1]) / 1000
+
+    file = io.BytesIO()
+    Image.new("RGBA", (8000, 6000)).save(file, "PNG", compress_level=1)
+    before = held("VmRSS")
+    inputs = f"![]({data_uri(file.getvalue())})" * 3
+    assert server.post("/generate", {"inputs": inputs, "parameters": {"max_new_tokens": 1}}).is_success
+    assert held("VmRSS") - before < 150 and held("VmHWM") - before < 700
 
 
 @pytest.mark.parametrize("request_", [b"\x16\x03\x01\x02\x00", b"GET /\r\n\r\n", b"A" * 200_000 + b"\r\n\r\n",

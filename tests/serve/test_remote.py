@@ -52,6 +52,8 @@ HOSTS = [
     "127.0.0.1", "localhost", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1",
     "[::1]", "[::]", "[fe80::1]", "[fd00::1]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]", "[64:ff9b::7f00:1]",
     "[2002:7f00:1::]", "224.0.0.1", "255.255.255.255", "2130706433", "0x7f000001", "0177.0.0.1", "127.1",
+    "localhost.", "LOCALHOST", "0", "[fe80::1%25eth0]", "[fe80::1%eth0]", "[::1%25lo]", "[::127.0.0.1]",
+    "[64:ff9b:1::1]", "[2001:0:7f00:1::]", "127\u30020\u30020\u30021", "\u2460\u2461\u2466.0.0.1", "%31%32%37.0.0.1", "127.0.0.1%00.com",
 ]  # fmt: skip
 
 
@@ -60,7 +62,9 @@ def test_no_address_but_a_public_one(server, web, host):
     before = len(web.requests)
     answer = ask(server, f"http://{host}:{web.port}/sample.png")
     assert answer.status_code == 422
-    assert any(told in answer.json()["error"] for told in ("not public", "not known", "Invalid IPv4 address"))
+    assert any(
+        told in answer.json()["error"] for told in ("not public", "not known", "Invalid IPv4 address", "Invalid IDNA")
+    )
     assert len(web.requests) == before
 
 
@@ -68,6 +72,8 @@ def test_no_address_but_a_public_one(server, web, host):
     ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
     ("64:ff9b::a00:1", False), ("2002:a00:1::", False), ("::ffff:10.0.0.1", False), ("192.0.2.1", False),
     ("198.18.0.1", False), ("240.0.0.1", False), ("ff02::1", False), ("2001:db8::1", False), ("fec0::1", False),
+    ("::127.0.0.1", False), ("::ffff:0:127.0.0.1", False), ("64:ff9b:1::7f00:1", False), ("5f00::1", False),
+    ("3fff::1", False), ("192.88.99.1", False), ("100::1", False), ("2a00:1450:4001::200e", True), ("0.1.2.3", False),
 ])  # fmt: skip
 def test_which_addresses_are_public(address, public):
     assert is_public(ipaddress.ip_address(address)) is public
