@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ KEEP_ALIVE_SECONDS = 20  # that a connection may rest between two requests
 LAST_WORDS_SECONDS = 2  # to tell clients that their answers were given up
 MAX_HEADER_BYTES = 64 * 1024
 PICTURE_BLOCK = 2**26  # bytes
+DESCRIPTORS = 10_240  # to ask of the system, for connections; what macOS gives at most
+BACKLOG = 2048  # connections that wait in the system
+ACCEPTED = 16  # of them in one turn of the event loop; four turns pass until one more is counted and another closed
+OTHER_DESCRIPTORS = 4 * ACCEPTED + 64  # that are no counted clients': also pictures on their way here, files, pipes
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     if not 0 <= serving.port < 2**16:
         raise InputError(f"--port: found {serving.port}, expected 0 to 65535")
     family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
-    listener = socket.create_server((serving.host, serving.port), family=family, backlog=2048)
+    listener = socket.create_server((serving.host, serving.port), family=family, backlog=BACKLOG)
     limits, log, metrics = limits.of_context(pipeline.context), Log(serving.json_logs), Metrics()
     engine = Engine(
         pipeline,
@@ -91,7 +96,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     server = Server(
         uvicorn.Config(
             app,
-            http=partial(Protocol, seconds=limits.body_seconds),
+            http=partial(Protocol, seconds=limits.body_seconds, most=_descriptors() - OTHER_DESCRIPTORS),
             ws="none",
             log_config=None,
             access_log=False,
@@ -100,6 +105,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=serving.shutdown_seconds + LAST_WORDS_SECONDS,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            backlog=ACCEPTED,
         ),
         engine,
         serving.shutdown_seconds,
@@ -108,6 +114,19 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     asyncio.run(server.serve([listener]))
     log.say("stopped")
     return 130 if server.stopped_by == signal.SIGINT else 0
+
+
+def _descriptors() -> int:
+    """How many connections and files may be open: many, if the system allows it."""
+    if sys.platform == "win32":  # has no such limit, but asyncio's loop for servers has
+        return 512
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(most, 2 * OTHER_DESCRIPTORS)
 
 
 class Server(uvicorn.Server):
@@ -120,6 +139,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets=None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
+        sockets[0].listen(BACKLOG)  # asyncio has one number for how many wait and how many are accepted at once
         host, port = sockets[0].getsockname()[:2]
         self.log.say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 
@@ -149,9 +169,10 @@ class Server(uvicorn.Server):
 class Protocol(H11Protocol):
     """uvicorn's HTTP, with a clock for requests that never become whole: slow headers, a body nobody waits for."""
 
-    def __init__(self, *arguments: Any, seconds: float, **uvicorns: Any):
+    def __init__(self, *arguments: Any, seconds: float, most: int, **uvicorns: Any):
+        """most: connections at once; for one more, one that waits for its client is given up."""
         super().__init__(*arguments, **uvicorns)
-        self.seconds = seconds
+        self.seconds, self.most = seconds, most
         self._suspect: object = None  # the request before what was half sent when the clock last struck
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -160,6 +181,19 @@ class Protocol(H11Protocol):
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         self._clock = self.loop.call_later(self.seconds, self._check)
+        if len(self.connections) > self.most:
+            others = (one for one in self.connections if one is not self and one.dispensable)
+            next(others, self).transport.abort()
+
+    @property
+    def working(self) -> bool:
+        """Whether a request is on its way through the server."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def dispensable(self) -> bool:
+        """Whether it is there and waits for its client."""
+        return not self.working and not self.transport.is_closing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Its end: the clock stops too."""
@@ -168,8 +202,7 @@ class Protocol(H11Protocol):
 
     def _check(self) -> None:
         """A connection is closed that neither works on a request nor rests between two, and did neither before."""
-        working = self.cycle is not None and not self.cycle.response_complete
-        half_sent = not working and self.timeout_keep_alive_task is None
+        half_sent = not self.working and self.timeout_keep_alive_task is None
         if half_sent and self._suspect is self.cycle and not self.transport.is_closing():
             self.transport.close()
         self._suspect = self.cycle if half_sent else self
