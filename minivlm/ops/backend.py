@@ -171,7 +171,6 @@ CPU = replace(
     name="cpu",
     norm_linear=cpu.norm_linear,
     decoder_end=decoder_end_by(cpu.gated_mlp),
-    attention=cpu.attention,
     decoding=cpu_decoding.decoding,
     rope=cpu.rope,
     prepare=cpu.prepare,
