@@ -21,6 +21,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from minivlm.errors import InputError
 from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
+from minivlm.ops.cpu_shapes import of_rounded, padded
 from minivlm.ops.joined import GROUPS, joined
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear
@@ -80,14 +81,21 @@ def _reordered(weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [.., K] by a packed weight [N, K] -> [.., N]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return of_rounded(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""), x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by a plain weight. In float32 it is not oneDNN's, and any number of rows will do."""
+    if weight.dtype == torch.float32:
+        return linear(x, weight, bias)
+    return of_rounded(lambda x: linear(x, weight, bias), x)
 
 
 def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [.., K] by a weight [N, K] that is not packed -> [.., N]."""
     rows = x.numel() // x.shape[-1]
     if rows > MANY:
-        return linear(x, weight, bias)
+        return _linear(x, weight, bias)
     return of_rows(weight, bias)(x.reshape(-1) if rows == 1 else x.reshape(rows, -1)).view(*x.shape[:-1], -1)
 
 
@@ -97,15 +105,17 @@ def of_rows(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         return partial(_by_columns, weight.t())
     vector = torch.mv if bias is None else partial(torch.addmv, bias)
     if weight.dtype == torch.float16:  # as a vector it is slower
-        return lambda x: linear(x, weight, bias)
-    return lambda x: vector(weight, x) if x.dim() == 1 else linear(x, weight, bias)
+        return lambda x: _linear(x, weight, bias)
+    return lambda x: vector(weight, x) if x.dim() == 1 else _linear(x, weight, bias)
 
 
 def _by_columns(columns: Tensor, x: Tensor) -> Tensor:
     """x [K] or [B, K] by columns [K, N]; `embedding_bag` has one bag for each row."""
     rows = x.numel() // len(columns)
-    if rows > BAGS or columns.dtype.itemsize > 2:
+    if columns.dtype.itemsize > 2:
         return torch.matmul(x, columns)
+    if rows > BAGS:
+        return of_rounded(lambda x: torch.matmul(x, columns), x)
     every, first = _bags(rows, len(columns))
     out = torch.embedding_bag(columns, every, first, mode=0, per_sample_weights=x.reshape(-1))[0]  # 0: their sum
     return out if x.dim() > 1 else out[0]
@@ -143,7 +153,11 @@ class Group(nn.Module):
         if self.packed or x.numel() < MANY * x.shape[-1] or x.requires_grad:
             return self(x).split(self.sizes, dim=-1)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
-        return tuple(linear(x, *part) for part in zip(self.weight.split(self.sizes), biases, strict=True))
+        weights = zip(self.weight.split(self.sizes), biases, strict=True)
+        if x.dim() != 2 or x.dtype == torch.float32:
+            return tuple(linear(x, *weight) for weight in weights)
+        more = padded(x)
+        return tuple(linear(more, *weight)[: len(x)] for weight in weights)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Nothing: the layers save their own weights, under the checkpoint's names."""
