@@ -73,6 +73,7 @@ class Row:
 
     ids     past, prompt and answer so far
     cached  how many of them are in the cache; the last id of an answer never is
+    before  ids behind which the answer's text is read: a blank that begins it is kept if there are any
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Row:
         self.limit = _limit(self.prompt_tokens, options.max_new_tokens, context)
         self.finish_reason: FinishReason | None = None
         tokenizer = vocabulary.tokenizer
-        self._stream = tokenizer.stream(before=tokenizer.encode("a", add_bos=False) if verbatim else ())
+        self.before = tuple(tokenizer.encode("a", add_bos=False)) if verbatim else ()
+        self._stream = tokenizer.stream(before=self.before)
         self._stop = StopStrings(options.stop)
 
     def accept(self, choice: Choice, complete: bool = False) -> Token:

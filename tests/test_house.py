@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from types import UnionType
 
 import pytest
 
@@ -44,10 +45,12 @@ LEVELS = (
 # Where gradients may be switched off: anywhere else a model could not be trained through it.
 WITHOUT_GRADIENTS = ("generate.py", "batch.py", "train/", "evaluate/", "bench/", "serve/")
 # tokenizers raises Exception itself; what is not exactly that is raised again.
-CATCHES_EXCEPTION = {("processor/tokens.py", "from_folder")}
+CATCHES_EXCEPTION = {("processor/tokens.py", "from_folder"), ("serve/limits.py", "strict")}
 # The model's thread hands every error to the answers that it concerns, which raise it in the client's task.
-HANDS_EXCEPTION_ON = {("serve/engine.py", "_tried")}
+# The status of a stream is sent before it breaks: an event tells the client, the log has the trace.
+HANDS_EXCEPTION_ON = {("serve/engine.py", "_tried"), ("serve/wire.py", "told")}
 COMPARES_WITH_TRANSFORMERS = ("parity.py", "bench/")
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 
@@ -55,7 +58,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT if path.is_relative_to(KERNELS) else PACKAGE).as_posix()
 
 
-def nodes(kind: type | tuple[type, ...]) -> Iterator[tuple[str, ast.AST]]:
+def nodes(kind: type | tuple[type, ...] | UnionType) -> Iterator[tuple[str, ast.AST]]:
     """Every node of a kind with the place where it is, such as "ops/rope.py:12"."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -101,13 +104,13 @@ def test_no_error_is_swallowed_with_others():
     broad = set()
     for path in SOURCES:
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(function, ast.FunctionDef | ast.Module):
+            if isinstance(function, FUNCTIONS | ast.Module):
                 for node in inside(function):
                     if isinstance(node, ast.ExceptHandler):
                         caught = "" if node.type is None else ast.unparse(node.type)
                         if caught == "" or re.search(r"\b(Base)?Exception\b", caught):
                             again = any(isinstance(part, ast.Raise) for part in ast.walk(node))
-                            place = (name_of(path), function.name if isinstance(function, ast.FunctionDef) else "")
+                            place = (name_of(path), function.name if isinstance(function, FUNCTIONS) else "")
                             broad.add(place)
                             assert again or place in HANDS_EXCEPTION_ON, f"{name_of(path)}:{node.lineno}"
     assert broad == CATCHES_EXCEPTION | HANDS_EXCEPTION_ON
@@ -116,7 +119,7 @@ def test_no_error_is_swallowed_with_others():
 def inside(function: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a function or module, without those of the functions in it."""
     for node in ast.iter_child_nodes(function):
-        if not isinstance(node, ast.FunctionDef):
+        if not isinstance(node, FUNCTIONS):
             yield node
             yield from inside(node)
 
@@ -132,7 +135,7 @@ def test_nothing_is_rebound_globally():
 
 def test_keyword_arguments_are_named_and_typed():
     """`**kwargs: Any` passes on what nobody checks; only a library's own class may get what it alone knows."""
-    for where, node in nodes(ast.FunctionDef):
+    for where, node in nodes(FUNCTIONS):
         if node.args.kwarg is not None:
             typed = node.args.kwarg.annotation is not None and ast.unparse(node.args.kwarg.annotation) != "Any"
             of_a_library = node.name == "__init__" and "super().__init__(" in ast.unparse(node)
@@ -162,7 +165,7 @@ def test_nothing_is_left_for_later():
 def test_files_and_functions_are_short():
     for path in SOURCES:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE, name_of(path)
-    for where, node in nodes(ast.FunctionDef):
+    for where, node in nodes(FUNCTIONS):
         assert node.end_lineno - node.lineno < LONGEST_FUNCTION, where
 
 
@@ -170,7 +173,7 @@ def test_every_file_and_public_name_says_what_it_is():
     silent = []
     for path in SOURCES:
         module = ast.parse(path.read_text(encoding="utf-8"))
-        public = [n for n in module.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
+        public = [n for n in module.body if isinstance(n, FUNCTIONS | ast.ClassDef) and n.name[0] != "_"]
         silent += [f"{name_of(path)} {n.name}" for n in public if not ast.get_docstring(n)]
         silent += [] if ast.get_docstring(module) else [name_of(path)]
     assert silent == []

@@ -1,5 +1,6 @@
 """The FastAPI application: routes and middleware put together, health, metrics, keys, and how errors are told."""
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -19,12 +21,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivlm import __version__
-from minivlm.serve import chat, completions, sagemaker, tgi
-from minivlm.serve.errors import TOLD, Refused, closing, refused
+from minivlm.serve import chat, completions, sagemaker, tasks, tgi
+from minivlm.serve.errors import TOLD, ClientGone, Refused, closing, internal, refused
 from minivlm.serve.limits import BodyLimit
 from minivlm.serve.log import GONE, AccessLog, Log
 from minivlm.serve.openai import ChatChunk, CompletionChunk, Model, Models
-from minivlm.serve.service import ClientGone, Service
+from minivlm.serve.service import Service
 from minivlm.serve.wire import ErrorResponse, service_of
 
 PAGE = Path(__file__).with_name("page.html")
@@ -66,23 +68,28 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        try:
+            await asyncio.gather(service.warm(), service.work(app.openapi))
+        except (*TOLD, Refused) as error:  # limits that allow no picture; or each request will be told
+            log.say(f"not warmed: {error}")
         yield
         await service.engine.close(grace)
         service.close()
 
     # A key is asked for by the middleware below, before a body is read; the dependency is for the document.
     secured = [] if api_key is None else [Depends(HTTPBearer(auto_error=False))]
-    app = FastAPI(
+    app = FastAPIOffline(  # its /docs loads nothing from elsewhere
         title="minivlm",
         version=__version__,
         description="A vision-language model behind the routes of text-generation-inference and OpenAI.",
         lifespan=lifespan,
         openapi_url="/api-doc/openapi.json",
         redoc_url=None,
+        static_url="/docs/assets",
     )
     app.state.service = service
     app.openapi = partial(_document, app.openapi)
-    for part in (tgi.router, chat.router, completions.router, sagemaker.router):
+    for part in (tgi.router, tasks.router, chat.router, completions.router, sagemaker.router):
         app.include_router(part, dependencies=secured)
     app.include_router(router)
     for kind, handler in HANDLERS.items():
@@ -213,9 +220,8 @@ async def _gone(request: Request, error: ClientGone) -> Response:
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
-    """Our own mistake. What it was is in the log, not in the answer."""
-    service_of(request).metrics.failures.labels(err="internal").inc()
-    return JSONResponse({"error": "internal error, see the server's log", "error_type": "internal"}, 500)
+    """Our own mistake outside of a `StrictRoute`; uvicorn logs it."""
+    return await _refused(request, internal())
 
 
 HANDLERS: dict[type[Exception], Callable[..., Any]] = {

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from minivlm.processor.prompts import ANSWER_MARK, Message, normalise
 from minivlm.serve import tools as calls
-from minivlm.serve.errors import TOLD, Refused, refused
+from minivlm.serve.errors import Refused
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import (
     AssistantMessage,
@@ -33,7 +33,6 @@ from minivlm.serve.openai import (
 from minivlm.serve.service import Finished, Generation, Piece, Prompt, Service, unless_gone
 from minivlm.serve.tgi import Admitted, The, all_of, started, tokens_of
 from minivlm.serve.wire import (
-    DONE,
     EventStream,
     envelope,
     event,
@@ -42,6 +41,7 @@ from minivlm.serve.wire import (
     merged,
     refusals,
     stream_headers,
+    told,
     usage,
 )
 
@@ -64,7 +64,8 @@ async def chat_completions(
     prompt = await service.work(prompt_of, service, asked)
     running = await unless_gone(request, started(service, prompt, parameters, record, asked.each))
     if asked.stream:
-        return EventStream(_events(service, asked, running), stream_headers(service, len(prompt.text)))
+        events = told(service, _events(service, asked, running), openai=True)
+        return EventStream(events, stream_headers(service, len(prompt.text)))
     finished = await unless_gone(request, all_of([generation.whole() for generation in running]))
     response.headers.update(headers(service, record, len(prompt.text), finished[0]))
     choices = [choice(service, asked, i, one) for i, one in enumerate(finished)]
@@ -144,24 +145,19 @@ def call_id() -> str:
 
 
 def logprobs_of(service: Service, pieces: Sequence[Piece]) -> list[ChatLogprob]:
-    """The tokens in OpenAI's form: of the model's own distribution, without the end-of-text token."""
+    """The tokens in OpenAI's form, of the model's own distribution; the end-of-text token is one of them."""
+
+    def likely(token_id: int, logprob: float, bare: bool) -> dict[str, Any]:
+        text, data = service.spelled(token_id, bare)
+        return {"token": text, "logprob": logprob, "bytes": data}
+
     return [
         ChatLogprob(
-            **likely(service, piece.token.id, piece.text, piece.token.logprob),
-            top_logprobs=[Likely(**likely(service, one.id, one.text, one.logprob)) for one in piece.token.alternatives],
+            **likely(piece.token.id, piece.token.logprob, piece.bare),
+            top_logprobs=[Likely(**likely(one.id, one.logprob, piece.bare)) for one in piece.token.alternatives],
         )
         for piece in pieces
-        if not piece.special
     ]
-
-
-def likely(service: Service, token_id: int, text: str, logprob: float) -> dict[str, Any]:
-    """The fields of `Likely`. A token that is one byte of a character has no text of its own, but that byte."""
-    tokenizer = service.pipeline.processor.tokenizer
-    data = list(text.encode())
-    if token_id in tokenizer.byte_ids:
-        data = [int(tokenizer.backend.id_to_token(token_id)[1:-1], 16)]
-    return {"token": text, "logprob": logprob, "bytes": data}
 
 
 async def _events(service: Service, asked: ChatRequest, running: list[Generation]) -> AsyncIterator[bytes]:
@@ -174,23 +170,19 @@ async def _events(service: Service, asked: ChatRequest, running: list[Generation
     for i in range(len(running)):
         opening = Delta(role="assistant", content="")
         yield chunk(ChatChunkChoice(index=i, delta=opening, logprobs=None, finish_reason=None))
-    try:
-        async for i, piece in merged(running):
-            logprobs = ChatLogprobs(content=logprobs_of(service, [piece])) if asked.logprobs else None
-            finished = running[i].finished
-            reason = None if finished is None else REASONS[finished.finish_reason]
-            delta = Delta(content=piece.token.text)
-            if tools:
-                delta = call_delta(tools[i], piece.token.text, finished is not None)
-                if finished is not None and tools[i].name not in (None, calls.NO_TOOL):
-                    reason = "tool_calls"
-            yield chunk(ChatChunkChoice(index=i, delta=delta, logprobs=logprobs, finish_reason=reason))
-        if asked.wants_usage:
-            numbers = usage([generation.finished for generation in running], asked.each)
-            yield event(ChatChunk(**shared, choices=[], usage=numbers))
-    except TOLD as error:
-        yield event(refused(error).openai)
-    yield DONE
+    async for i, piece in merged(running):
+        logprobs = ChatLogprobs(content=logprobs_of(service, [piece])) if asked.logprobs else None
+        finished = running[i].finished
+        reason = None if finished is None else REASONS[finished.finish_reason]
+        delta = Delta(content=piece.token.text)
+        if tools:
+            delta = call_delta(tools[i], piece.token.text, finished is not None)
+            if finished is not None and tools[i].name not in (None, calls.NO_TOOL):
+                reason = "tool_calls"
+        yield chunk(ChatChunkChoice(index=i, delta=delta, logprobs=logprobs, finish_reason=reason))
+    if asked.wants_usage:
+        numbers = usage([generation.finished for generation in running], asked.each)
+        yield event(ChatChunk(**shared, choices=[], usage=numbers))
 
 
 def call_delta(call: calls.Call, text: str, last: bool) -> Delta:

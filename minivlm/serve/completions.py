@@ -5,7 +5,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from minivlm.serve.errors import TOLD, refused
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import (
     Completion,
@@ -19,7 +18,6 @@ from minivlm.serve.parameters import Parameters
 from minivlm.serve.service import Generation, Piece, Service, unless_gone
 from minivlm.serve.tgi import Admitted, The, all_of, batch_exceeded, prompt_of, started, stream_response
 from minivlm.serve.wire import (
-    DONE,
     EventStream,
     envelope,
     event,
@@ -28,6 +26,7 @@ from minivlm.serve.wire import (
     merged,
     refusals,
     stream_headers,
+    told,
     usage,
 )
 
@@ -55,12 +54,12 @@ async def completions(
     characters = sum(map(len, prompts))
     if asked.stream:
         events = _events(service, asked, parameters, running, echoes)
-        return EventStream(events, stream_headers(service, characters))
+        return EventStream(told(service, events, openai=True), stream_headers(service, characters))
     finished = await unless_gone(request, all_of([generation.whole() for generation in running]))
     response.headers.update(headers(service, record, characters, finished[0]))
     choices = [
         CompletionChoice(index=i, text=echo + one.text, finish_reason=REASONS[one.finish_reason],
-                         logprobs=logprobs_of(asked, one.pieces, len(echo)))
+                         logprobs=logprobs_of(service, asked, one.pieces, len(echo)))
         for i, (one, echo) in enumerate(zip(finished, echoes, strict=True))
     ]  # fmt: skip
     return Completion(**envelope(service, "text_completion"), choices=choices, usage=usage(finished, asked.each))
@@ -83,33 +82,32 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     shared = envelope(service, "text_completion")
     offsets = [0] * len(running)
-    try:
-        async for i, piece in merged(running):
-            finished = running[i].finished
-            reason = "" if finished is None else REASONS[finished.finish_reason]
-            text = (echoes[i] if piece.index == 1 else "") + piece.token.text
-            logprobs = logprobs_of(asked, [piece], offsets[i])
-            offsets[i] += len(text)
-            choice = CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=reason)
-            tgi = stream_response(service, running[i], piece, echoes[i], parameters)
-            yield event(CompletionChunk(**shared, choices=[choice], **dict(tgi)))
-        if asked.wants_usage:
-            numbers = usage([generation.finished for generation in running], asked.each)
-            yield event(CompletionUsage(**shared, choices=[], usage=numbers))
-    except TOLD as error:
-        yield event(refused(error).openai)
-    yield DONE
+    async for i, piece in merged(running):
+        finished = running[i].finished
+        reason = "" if finished is None else REASONS[finished.finish_reason]
+        text = (echoes[i] if piece.index == 1 else "") + piece.token.text
+        logprobs = logprobs_of(service, asked, [piece], offsets[i])
+        offsets[i] += len(text)
+        choice = CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=reason)
+        tgi = stream_response(service, running[i], piece, echoes[i], parameters)
+        yield event(CompletionChunk(**shared, choices=[choice], **dict(tgi)))
+    if asked.wants_usage:
+        numbers = usage([generation.finished for generation in running], asked.each)
+        yield event(CompletionUsage(**shared, choices=[], usage=numbers))
 
 
-def logprobs_of(asked: CompletionRequest, pieces: Sequence[Piece], offset: int) -> CompletionLogprobs | None:
-    """The tokens in OpenAI's older form, if they were asked for, without the end-of-text token."""
+def logprobs_of(
+    service: Service, asked: CompletionRequest, pieces: Sequence[Piece], offset: int
+) -> CompletionLogprobs | None:
+    """The tokens in OpenAI's older form, if they were asked for; the end-of-text token is one of them."""
     if asked.logprobs is None:
         return None
-    pieces = [piece for piece in pieces if not piece.special]
-    offsets = [offset + sum(len(one.text) for one in pieces[:i]) for i in range(len(pieces))]
     return CompletionLogprobs(
-        tokens=[piece.text for piece in pieces],
+        tokens=[service.spelled(piece.token.id, piece.bare)[0] for piece in pieces],
         token_logprobs=[piece.token.logprob for piece in pieces],
-        top_logprobs=[{one.text: one.logprob for one in piece.token.alternatives} for piece in pieces],
-        text_offset=offsets,
+        top_logprobs=[
+            {service.spelled(one.id, piece.bare)[0]: one.logprob for one in piece.token.alternatives}
+            for piece in pieces
+        ],
+        text_offset=[offset + sum(len(one.text) for one in pieces[:i]) for i in range(len(pieces))],
     )

@@ -20,11 +20,11 @@ from minivlm.batch import FAULTS, Batch, Member
 from minivlm.errors import InputError
 from minivlm.pipeline import Pipeline
 from minivlm.row import Row
-from minivlm.serve.jobs import Answer, Closed, EngineState, Job, Overloaded, Pace, Step
+from minivlm.serve.jobs import Answer, Closed, EngineState, Failed, Job, Overloaded, Pace, Step
 from minivlm.serve.pictures import Pictures
 from minivlm.serve.slots import Pictured, Slots
 
-__all__ = ["Answer", "Closed", "Engine", "EngineState", "Job", "Overloaded", "Step"]
+__all__ = ["Answer", "Closed", "Engine", "EngineState", "Failed", "Job", "Overloaded", "Step"]
 
 TILES_AT_REST = 8  # encoded at once while no row waits for its next token: more than one picture has
 
@@ -278,7 +278,9 @@ class Engine:
         before = sum(member.row.cached for member in members)
         results = _tried(self.batch.step)
         if isinstance(results, Exception):  # the fault of one row, or of the step: each alone will tell
-            results = [result for member in members for result in self._alone(member)]
+            error, results = results, [result for member in members for result in self._alone(member)]
+            if not any(isinstance(result, Exception) for _, result in results):
+                log.warning("a step of %d rows failed, each row alone did not: %s", len(members), error, exc_info=error)
         seconds, now = monotonic() - began, monotonic()
         positions = sum(member.row.cached for member in members) - before
         running = sum(isinstance(result, Token) and len(m.row.ids) > m.row.prompt_tokens + 1 for m, result in results)
@@ -308,13 +310,14 @@ class Engine:
         results = _tried(self.batch.step, [member])
         if isinstance(results, Exception):
             self.batch.leave(member)
-            return [(member, results)]
+            return [(member, _final(results))]
         return results
 
     def _guarded(self, works: Sequence[Work], action: Callable, *arguments: object) -> None:
         """Do something for some jobs; if it fails, they fail, and no others."""
         error = _tried(action, *arguments)
         if isinstance(error, Exception):
+            error = _final(error)
             for work in works:
                 self._counts["failures"] += 1
                 self._leave(work, keep=False)
@@ -342,9 +345,15 @@ def _tried(action: Callable, *arguments: object) -> Any:
     try:
         return action(*arguments)
     except Exception as error:
-        if not isinstance(error, FAULTS):
-            log.exception("the model's thread: %s", error)
         return error
+
+
+def _final(error: Exception) -> Exception:
+    """What the reader of an answer gets: the row's own fault, or, of a mistake of ours, that the log has its trace."""
+    if isinstance(error, FAULTS):
+        return error
+    log.error("the model's thread: %s", error, exc_info=error)
+    return Failed(str(error))
 
 
 def _deliver(items: Sequence[tuple[Answer, Token | Exception]]) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from minivlm.errors import GenerationError, InputError, NumericError
-from minivlm.serve.jobs import Closed, Overloaded
+from minivlm.serve.jobs import Closed, Failed, Overloaded
 
-# What the engine and the processor raise for one request; any other exception is our own mistake, a 500.
-TOLD = (InputError, NumericError, GenerationError, Overloaded, Closed)
+# What the engine and the processor raise for one request; any other exception is our own mistake, not yet logged.
+TOLD = (InputError, NumericError, GenerationError, Overloaded, Closed, Failed)
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer was ready; nobody will read a response."""
 
 
 class Refused(HTTPException):
@@ -60,9 +64,18 @@ def closing() -> Refused:
     return Refused(503, "unhealthy", "healthcheck", {"Retry-After": "5"})
 
 
+def internal() -> Refused:
+    """500: our own mistake. What it was is in the log, not in the answer."""
+    return Refused(500, "internal error, see the server's log", "internal")
+
+
 def refused(error: Exception) -> Refused:
     """What the client is told of an error in TOLD."""
     match error:
+        case Refused():
+            return error
+        case Failed():
+            return internal()
         case InputError():
             return invalid(str(error))
         case Overloaded():

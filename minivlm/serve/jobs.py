@@ -28,6 +28,10 @@ class Closed(RuntimeError):
     """The engine shuts down and takes or continues no work."""
 
 
+class Failed(RuntimeError):
+    """A mistake of ours ended this answer; its trace is in the log already."""
+
+
 class Grammar(Protocol):
     """What an answer must match; see grammar.py."""
 
@@ -71,7 +75,7 @@ class Answer:
     """The tokens of a job as they come; the last has a finish_reason. Belongs to the engine's event loop.
 
     The iteration raises NumericError, InputError or GenerationError if the answer fails, Closed if the engine shuts
-    down before its end, or whatever else went wrong in a step with this row alone.
+    down before its end, Failed for whatever else went wrong in a step with this row alone.
     prompt_logprobs: of each prompt id, None for the first and for placeholders; known when the first token is.
     """
 

@@ -5,17 +5,22 @@ Every limit has its own message that says what was found and what is allowed. It
 
 import asyncio
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivlm.errors import InputError
-from minivlm.serve.errors import Refused
+from minivlm.serve.errors import TOLD, ClientGone, Refused, internal
+
+log = logging.getLogger("minivlm.serve")
 
 MAX_DEPTH = 64  # brackets within brackets
 MAX_VALUES = 100_000  # each costs some 100 bytes once parsed, whatever it costs on the wire
@@ -121,14 +126,24 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route whose requests are strict; FastAPI's own way to change how bodies are read."""
+    """A route whose requests are strict; FastAPI's own way to change how bodies are read.
+
+    Our own mistakes are logged and become an answer here. Starlette would raise them again behind their answer, and
+    uvicorn then cuts the connection on which the client's next request may be on its way.
+    """
 
     def get_route_handler(self):
         """The handler, given the stricter request."""
         handler = super().get_route_handler()
 
         async def strict(request: Request):
-            return await handler(StrictRequest(request.scope, request.receive))
+            try:
+                return await handler(StrictRequest(request.scope, request.receive))
+            except (HTTPException, RequestValidationError, ClientGone, *TOLD):
+                raise
+            except Exception as error:
+                log.exception("%s %s: %s", request.method, request.url.path, error)
+                raise internal() from None
 
         return strict
 

@@ -207,11 +207,11 @@ class Usage(Schema):
 
 
 class Likely(Schema):
-    """A token with its log-probability in the model's own distribution; bytes: of its text."""
+    """A token with its log-probability in the model's own distribution; bytes: of its text, if it has one."""
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class ChatLogprob(Likely):

@@ -153,6 +153,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """A connection: something has to be asked."""
+        # asyncio does so only where it made the listening socket; else each small write waits for the client's ACK.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
         self._clock = self.loop.call_later(self.seconds, self._check)
 

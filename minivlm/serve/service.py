@@ -26,38 +26,39 @@ from minivlm.pipeline import Pipeline
 from minivlm.processor import Inputs
 from minivlm.processor.images import FORMATS, load_image
 from minivlm.serve.engine import Engine
-from minivlm.serve.errors import invalid, overloaded
+from minivlm.serve.errors import ClientGone, invalid, overloaded
 from minivlm.serve.grammar import compile_grammar
 from minivlm.serve.jobs import Answer, Grammar, Job
 from minivlm.serve.limits import Limits
 from minivlm.serve.metrics import Metrics
 from minivlm.serve.remote import Fetcher
 
+WARM_TOKENS = 2  # the second is the first that is decoded alone
 MAX_CHARACTERS = 1_000_000  # of a prompt that shall be truncated; others are bounded by what could fit
 
 Result = TypeVar("Result")
 
 
-class ClientGone(Exception):
-    """The client closed its connection before the answer was ready; nobody will read a response."""
-
-
 @dataclass(frozen=True)
 class Prompt:
-    """The text that the model reads, `<image>` where a picture belongs, and where the pictures are."""
+    """The text that the model reads, `<image>` where a picture belongs; and the pictures: addresses, or their files."""
 
     text: str
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[str | bytes, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as TGI shows it: `text` is what it adds, stop strings and special tokens included. index: from 1."""
+    """A token as TGI shows it: `text` is what it adds, stop strings and special tokens included. index: from 1.
+
+    bare: it begins a text that loses the blank before its first word.
+    """
 
     index: int
     token: Token
     text: str
     special: bool
+    bare: bool
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,15 @@ class Generation:
         """The tokens as they come. Raises what `errors.TOLD` lists."""
         vocabulary = self._service.pipeline.vocabulary
         tokenizer, ends = vocabulary.tokenizer, vocabulary.tokenizer.special_ids | vocabulary.eos_ids
-        texts = tokenizer.stream()
+        texts = tokenizer.stream(before=self.answer.row.before)
         pieces: list[Piece] = []
         async for token in self.answer:
             special = token.id in ends
             text = tokenizer.decode([token.id], skip_special=False) if special else texts.push(token.id)
             if token.finish_reason is not None:
                 text = texts.finish() + text if special else text + texts.finish()
-            pieces.append(Piece(len(pieces) + 1, token, text, special))
+            bare = not pieces and not self.answer.row.before
+            pieces.append(Piece(len(pieces) + 1, token, text, special, bare))
             if token.finish_reason is not None:
                 self._end(pieces)
             yield pieces[-1]
@@ -168,6 +170,18 @@ class Service:
     def close(self) -> None:
         """Ends the worker threads; the engine has a `close` of its own."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def warm(self) -> None:
+        """Makes what is made once: the grammars' tokenizer, kernels, graphs and buffers of tower and decoder."""
+        processor = self.pipeline.processor
+        message = {"role": "user", "content": [{"type": "image"}]}
+        text = "<image>" if processor.chat_template is None else processor.render([message])
+        picture = io.BytesIO()
+        Image.new("RGB", (320, 320)).save(picture, "PNG")
+        inputs = await self.inputs(Prompt(text, (picture.getvalue(),)))
+        for grammar in (None, await self.grammar("regex", "aa?")):
+            async for _ in self.engine.submit(Job(inputs, Options(max_new_tokens=WARM_TOKENS), grammar)):
+                pass
 
     @contextmanager
     def admitted(self) -> Iterator[Record]:
@@ -240,8 +254,22 @@ class Service:
         """The text of one id by itself, special or not."""
         return self._pieces(token_id)
 
-    async def _bytes(self, source: str) -> bytes:
+    def spelled(self, token_id: int, bare: bool) -> tuple[str, list[int] | None]:
+        """An id as OpenAI's routes tell it wherever it could stand: its text, and the bytes of it.
+
+        A byte of a longer character is written as `\\xe2`; special tokens have no bytes. bare: see `Piece`.
+        """
+        tokenizer = self.pipeline.vocabulary.tokenizer
+        if token_id in tokenizer.byte_ids:
+            value = int(tokenizer.backend.id_to_token(token_id)[1:-1], 16)
+            return f"\\x{value:02x}", [value]
+        text = tokenizer.decode([token_id], skip_special=False) if bare else self.piece(token_id)
+        return text, None if token_id in tokenizer.special_ids else list(text.encode())
+
+    async def _bytes(self, source: str | bytes) -> bytes:
         """The file of one picture."""
+        if isinstance(source, bytes):
+            return source
         scheme = source[:8].lower()
         if scheme.startswith("data:"):
             return await self.work(data_uri, source, self.limits.max_image_bytes)

@@ -6,6 +6,7 @@ garbage (garbage.py), or begin a body and stall. Memory, threads, open files and
 
 import asyncio
 import json
+import math
 import random
 import re
 import sys
@@ -109,17 +110,18 @@ class Clients:
         self.server, self.known, self.tally = server, known, tally
         self.random = random.Random(seed)
         self.http = client.connect(server.url, 120)
+        self.until = math.inf
 
     async def run(self, seconds: float, number: int) -> None:
         """Half of the clients ask; the others by turns hang up, send garbage, and stall."""
         bad = (self.leave_stream, self.leave_early, self.garbage, self.stall)
         kinds = [self.ask if n % 2 == 0 else bad[n // 2 % len(bad)] for n in range(number)]
-        until = time.monotonic() + seconds
+        self.until = time.monotonic() + seconds
         async with self.http:
-            await asyncio.gather(*(self._repeat(kind, until) for kind in kinds))
+            await asyncio.gather(*(self._repeat(kind) for kind in kinds))
 
-    async def _repeat(self, kind: Callable[[], Awaitable[None]], until: float) -> None:
-        while time.monotonic() < until:
+    async def _repeat(self, kind: Callable[[], Awaitable[None]]) -> None:
+        while time.monotonic() < self.until:
             try:
                 await kind()
             except Refused as refused:
@@ -206,7 +208,8 @@ class Clients:
         writer.write(f'{head}Content-Length: 5000\r\n\r\n{{"messages": ['.encode())
         try:
             await writer.drain()
-            async with asyncio.timeout(self.random.uniform(0.5, 20)):
+            patience = min(self.random.uniform(0.5, 20), self.until - time.monotonic())
+            async with asyncio.timeout(patience):
                 await reader.read()
             self.tally.counts["stalled, closed by the server"] += 1
         except TimeoutError:

@@ -8,11 +8,21 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
-from minivlm.serve.errors import TOLD, invalid, refused
+from minivlm.serve.errors import invalid
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.parameters import Parameters, Schema, grammar_of
 from minivlm.serve.service import Finished, Generation, Piece, Prompt, Record, Service, unless_gone
-from minivlm.serve.wire import EventStream, admitted, event, events_of, headers, refusals, service_of, stream_headers
+from minivlm.serve.wire import (
+    EventStream,
+    admitted,
+    event,
+    events_of,
+    headers,
+    refusals,
+    service_of,
+    stream_headers,
+    told,
+)
 
 # A picture in `inputs`, as Markdown writes one. The text in the brackets must be empty, and a ")" ends the address.
 PICTURE = re.compile(r"!\[\]\(([^)]*)\)")
@@ -137,9 +147,9 @@ EVENTS = events_of("StreamResponse")
 # Of a route that only streams FastAPI would document errors as events, too.
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
 STREAM = refusals() | EVENTS
-for _told in STREAM.values():
-    if _told.pop("model", None) is not None:
-        _told["content"] = _told.get("content", {}) | ERROR
+for _refusal in STREAM.values():
+    if _refusal.pop("model", None) is not None:
+        _refusal["content"] = _refusal.get("content", {}) | ERROR
 
 
 @router.post("/generate", **OPTIONS)
@@ -158,12 +168,10 @@ async def generate_stream(asked: GenerateRequest, service: The, record: Admitted
     return EventStream(await generate_events(service, asked, record), stream_headers(service, len(asked.inputs)))
 
 
-@router.post("/", responses={**refusals(), **EVENTS}, response_model=list[GenerateResponse],
-             response_model_exclude_unset=True)  # fmt: skip
 async def compat_generate(
     request: Request, response: Response, asked: CompatGenerateRequest, service: The, record: Admitted
 ) -> Any:
-    """What huggingface_hub calls: `/generate` in a list, or `/generate_stream` if `stream` is true."""
+    """`/generate` in a list, or `/generate_stream` if `stream` is true."""
     if asked.stream:
         return await generate_stream(asked, service, record)
     return [await generate(request, response, asked, service, record)]
@@ -283,15 +291,12 @@ async def generate_events(service: Service, asked: GenerateRequest, record: Reco
     parameters = asked.parameters
     parameters.check(service.limits, stream=True)
     (generation,) = await started(service, prompt_of(asked.inputs), parameters, record)
-    return _events(service, generation, asked)
+    return told(service, _events(service, generation, asked))
 
 
 async def _events(service: Service, generation: Generation, asked: GenerateRequest) -> AsyncIterator[bytes]:
-    try:
-        async for piece in generation.pieces():
-            yield event(stream_response(service, generation, piece, asked.inputs, asked.parameters))
-    except TOLD as error:
-        yield event(refused(error).body)
+    async for piece in generation.pieces():
+        yield event(stream_response(service, generation, piece, asked.inputs, asked.parameters))
 
 
 def stream_response(

@@ -1,6 +1,7 @@
 """How answers travel: server-sent events, headers, and the documented refusals that every route may give."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,10 +14,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Send
 
 from minivlm import __version__
+from minivlm.serve.errors import TOLD, Refused, internal, refused
 from minivlm.serve.service import Finished, Generation, Piece, Record, Service
 
 PING_SECONDS = 15.0  # of silence, after which a proxy might take the connection for dead
 DONE = b"data: [DONE]\n\n"  # huggingface_hub looks for it with this very blank
+
+log = logging.getLogger("minivlm.serve")
 
 
 class ErrorResponse(BaseModel):
@@ -117,6 +121,27 @@ class ErrorEvent(BaseModel):
 
     error: Any
     error_type: str | None = None
+
+
+async def told(service: Service, events: AsyncIterator[bytes], openai: bool = False) -> AsyncIterator[bytes]:
+    """The events, and one more for the error that ends them early. openai: in OpenAI's form, with `[DONE]` at the end.
+
+    The status is sent long before: an exception that left this would cut the connection, and tell the client nothing.
+    """
+    try:
+        async with aclosing(events):
+            async for one in events:
+                yield one
+    except Exception as error:
+        if isinstance(error, (*TOLD, Refused)):
+            refusal = refused(error)
+        else:
+            log.exception("a stream: %s", error)
+            refusal = internal()
+        service.metrics.failures.labels(err=refusal.kind).inc()
+        yield event(refusal.openai if openai else refusal.body)
+    if openai:
+        yield DONE
 
 
 async def with_pings(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 
 import httpx
 from commands import COMMAND, ENVIRONMENT, PATIENCE
@@ -14,16 +15,22 @@ from commands import COMMAND, ENVIRONMENT, PATIENCE
 from minivlm.hub import resolve
 
 SAMPLE = resolve(None) / "sample.png"
-DATA_URI = "data:image/png;base64," + base64.b64encode(SAMPLE.read_bytes()).decode()
+
+
+def data_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+DATA_URI = data_uri(SAMPLE.read_bytes())
 
 
 class Server:
     """`minivlm serve` in a process of its own."""
 
-    def __init__(self, *options: str):
+    def __init__(self, *options: str, command: Sequence[str] = (*COMMAND, "serve")):
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", "--port", "0", *options], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [*command, "--port", "0", *options], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
         )
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -63,7 +70,7 @@ class Server:
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
     def metric(self, name: str) -> float:
-        return float(re.search(rf"^{name} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)[1])
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)[1])
 
     def until(self, condition, seconds: float = 10.0) -> None:
         """Waits until a condition holds."""

@@ -1,6 +1,5 @@
 """A table of hostile inputs: each gets a prompt 4xx that names what is wrong, and the server goes on unharmed."""
 
-import base64
 import io
 import json
 import socket
@@ -10,7 +9,7 @@ import zlib
 
 import pytest
 from PIL import Image
-from serving import DATA_URI
+from serving import DATA_URI, data_uri
 
 from minivlm.serve.errors import Refused
 from minivlm.serve.limits import MAX_DEPTH, MAX_VALUES, parse
@@ -19,10 +18,6 @@ JSON = {"Content-Type": "application/json"}
 KEY = {"Authorization": "Bearer secret-1"}
 PROMPT = 5.0  # seconds
 ENDLESS = {"temperature": 1e6, "seed": 2}  # draws a thousand ids behind "a" before it draws the end
-
-
-def data_uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def bomb(width: int, height: int) -> bytes:

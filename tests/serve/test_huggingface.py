@@ -1,6 +1,7 @@
 """huggingface_hub's InferenceClient, current, as its documents show it; every request goes where it sends it."""
 
 import json
+import math
 from dataclasses import asdict
 
 import jsonschema
@@ -100,3 +101,36 @@ def test_health_and_info(server):
 def test_a_token(strict):
     client = InferenceClient(base_url=strict.url, token="secret-1")
     assert client.text_generation("a", max_new_tokens=1) is not None
+
+
+def test_image_to_text(client, vlm, web):
+    """The file's bytes without a content type, a path with one, an address that the client fetches itself."""
+    known = vlm.generate("Describe the picture.", [SAMPLE]).text
+    for picture in (SAMPLE.read_bytes(), SAMPLE, str(SAMPLE), f"{web.url}/sample.png"):
+        assert client.image_to_text(picture).generated_text == known
+
+
+@pytest.mark.parametrize("question", ["What is shown?", "Is there a red circle?"])
+def test_questions_about_a_picture(client, vlm, question):
+    known = vlm.generate(question, [SAMPLE])
+    likely = math.exp(sum(token.logprob for token in known.tokens))
+    (visual,) = client.visual_question_answering(SAMPLE, question)
+    (document,) = client.document_question_answering(SAMPLE.read_bytes(), question, lang="en")
+    for answer in (visual, document):
+        assert answer.answer == known.text and answer.score == pytest.approx(likely, abs=0.05)
+    assert document.start is None and document.end is None
+
+
+def test_picture_tasks_without_a_picture(client, server, strict):
+    with pytest.raises(HfHubHTTPError, match="not a picture"):
+        client.image_to_text(b"hello")
+    with pytest.raises(HfHubHTTPError, match="not a picture"):
+        client.visual_question_answering(b"hello", "What?")
+    assert "null" in server.post("/", {"inputs": "aGk=", "question": None}).text
+    assert "type: inputs.Pictured.question: " in server.post("/", {"inputs": {"image": "aGk="}}).text
+    assert "not base64" in server.post("/", {"inputs": {"image": "@", "question": "What?"}}).text
+    for body in (b'{"inputs": "a"}', b""):
+        assert server.client.post("/", content=body).status_code == 415
+    big = strict.client.post("/", content=bytes(70_000), headers={"Authorization": "Bearer secret-1"})
+    assert big.status_code == 422 and "70000 bytes, expected at most 60000" in big.text
+    assert strict.client.post("/", content=SAMPLE.read_bytes()).status_code == 401

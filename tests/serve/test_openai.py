@@ -101,12 +101,43 @@ def test_logprobs_are_the_models_own(client, vlm):
     arguments = {"model": "m", "messages": ask("Describe the picture.", DATA_URI), "temperature": 0}
     answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
     content = answer.choices[0].logprobs.content
-    assert len(content) == len(known.tokens) - 1  # without the end-of-text token
-    for token, own in zip(content, known.tokens, strict=False):
+    for token, own in zip(content, known.tokens, strict=True):  # the end-of-text token included, as in TGI
         assert token.logprob == pytest.approx(own.logprob, abs=0.05)
-        assert len(token.top_logprobs) == 2 and bytes(token.bytes).decode() == token.token
-    assert "".join(token.token for token in content) == known.text
+        assert len(token.top_logprobs) == 2
+        first = token.top_logprobs[0]
+        assert (first.token, first.bytes, first.logprob) == (token.token, token.bytes, token.logprob)
+    *words, end = content
+    assert (end.token, end.bytes) == ("</s>", None)
+    assert all(bytes(token.bytes).decode() == token.token for token in words)
+    assert "".join(token.token for token in words) == known.text
+    chunks = list(client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2, stream=True))
+    streamed = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [(one.token, one.bytes) for one in streamed] == [(one.token, one.bytes) for one in content]
+    assert [len(chunk.choices[0].logprobs.content) for chunk in chunks[1:]] == [1] * len(content)
     assert client.chat.completions.create(**arguments).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("regex", ["[\u2603\U0001f389]{4}", " [a-z]{5}", "[a-z \u00e9]{9}"])
+def test_tokens_bytes_and_top_logprobs_agree(server, regex):
+    """Characters of several tokens, a blank at the start; on TGI's route, too."""
+    form = {"type": "regex", "value": regex}
+    body = {"messages": ask("Hi"), "response_format": form, "temperature": 9.0, "seed": 3, "logprobs": True}
+    (choice,) = server.post("/v1/chat/completions", body | {"top_logprobs": 5}).json()["choices"]
+    content, said = choice["logprobs"]["content"], choice["message"]["content"]
+    assert re.fullmatch(regex, said)
+    assert bytes(byte for entry in content for byte in entry["bytes"] or ()).decode() == said
+    for entry in content:
+        same = [one for one in entry["top_logprobs"] if one["logprob"] == entry["logprob"]]
+        assert all((one["token"], one["bytes"]) == (entry["token"], entry["bytes"]) for one in same if len(same) == 1)
+        for one in (entry, *entry["top_logprobs"]):
+            if re.fullmatch(r"\\x[0-9a-f]{2}", one["token"]):
+                assert one["bytes"] == [int(one["token"][2:], 16)]
+            else:
+                assert one["token"] == "</s>" if one["bytes"] is None else bytes(one["bytes"]).decode() == one["token"]
+    parameters = {"grammar": form, "temperature": 9.0, "seed": 3, "details": True}
+    answer = server.post("/generate", {"inputs": "a", "parameters": parameters}).json()
+    words = [token["text"] for token in answer["details"]["tokens"] if not token["special"]]
+    assert "".join(words) == answer["generated_text"]
 
 
 def test_stop_seed_n_and_the_end_by_length(client, vlm):
@@ -210,7 +241,9 @@ def test_completions(client, vlm):
     answer = client.completions.create(model="m", prompt=prompt, temperature=0, logprobs=1, echo=True)
     assert answer.choices[0].text == prompt + known.text and answer.choices[0].finish_reason == "stop"
     logprobs = answer.choices[0].logprobs
-    assert logprobs.tokens == [known.text] and logprobs.text_offset == [len(prompt)]
+    assert logprobs.tokens == [known.text, "</s>"]
+    assert logprobs.text_offset == [len(prompt), len(answer.choices[0].text)]
+    assert [next(iter(one)) for one in logprobs.top_logprobs] == logprobs.tokens
     assert logprobs.token_logprobs[0] == pytest.approx(known.tokens[0].logprob, abs=0.05)
     several = client.completions.create(model="m", prompt=[prompt, "[INST] What is it? [/INST]"], temperature=0)
     assert [choice.index for choice in several.choices] == [0, 1] and several.choices[0].text == known.text

@@ -7,8 +7,6 @@ import time
 
 import httpx
 import pytest
-from commands import process
-from serving import Server
 
 from minivlm.cli import main
 
@@ -18,6 +16,7 @@ KEY = {"Authorization": "Bearer secret-1"}
 
 def test_sigterm_lets_answers_finish(start):
     server, events = start(), []
+    assert server.metric("minivlm_pictures_encoded") == 1  # to be warm before anybody asks
     body = {"inputs": "a", "parameters": {"max_new_tokens": 400, **ENDLESS}}
     reader = threading.Thread(target=lambda: events.extend(server.events("/generate_stream", body)))
     reader.start()
@@ -73,11 +72,29 @@ def test_bad_options(options, told, capsys):
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_port_that_is_taken(server):
-    done = process("serve", "--port", server.port)
-    assert done.returncode == 2 and "ddress already in use" in done.stderr
-    assert isinstance(server, Server)
+def test_a_port_that_is_taken(server, capsys):
+    assert main(["serve", "--port", str(server.port)]) == 2
+    assert "ddress already in use" in capsys.readouterr().err
 
 
 def test_it_listens_on_this_machine_alone(server):
     assert server.url.startswith("http://127.0.0.1:")
+
+
+def test_it_is_warm_before_it_listens(start, server):
+    """A picture, a grammar and the document are made at the start, when nobody waits; it is told if that fails."""
+    assert not any("not warmed" in line for line in server.lines)
+    limited = start("--max-input-tokens", "100")
+    *before, last = limited.lines
+    assert "listening on" in last and "not warmed: " in before[-1] and "less than 100 tokens" in before[-1]
+    assert limited.stop() == 0
+
+
+def test_small_answers_do_not_wait_for_the_network(server):
+    """Headers and body are two writes: with Nagle's algorithm the second waits some 40 ms for the client's ACK."""
+    taken = []
+    for _ in range(15):
+        began = time.monotonic()
+        assert server.post("/tokenize", {"inputs": "a"}).is_success
+        taken.append(time.monotonic() - began)
+    assert sorted(taken)[len(taken) // 2] < 0.03

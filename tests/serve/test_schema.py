@@ -67,3 +67,14 @@ def test_the_document_is_whole(server):
     assert names <= set(document["components"]["schemas"])  # no reference leads nowhere
     temperature = document["components"]["schemas"]["Parameters"]["properties"]["temperature"]
     assert json.dumps(temperature["anyOf"][0]).count("minimum") == 1
+
+
+def test_the_documents_page_loads_nothing_from_elsewhere(server):
+    page = server.client.get("/docs").text
+    assert "http:" not in page and "https:" not in page
+    kinds = []
+    for path in re.findall(r'(?:src|href)="([^"]*)"', page):
+        answer = server.client.get(path)
+        assert path.startswith("/docs/assets/") and answer.is_success and len(answer.content) > 1000
+        kinds.append(answer.headers["content-type"].partition(";")[0])
+    assert sorted(kinds) == ["image/png", "text/css", "text/javascript"]

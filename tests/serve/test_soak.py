@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from commands import process
 
+from minivlm.cli import main
 from minivlm.serve import client, soak
 from minivlm.serve.client import Server
 from minivlm.serve.garbage import GARBAGE
@@ -96,12 +97,6 @@ def test_memory_that_fills_caches_first_and_stays_is_flat():
     assert report(samples=filling).ok
 
 
-@pytest.fixture(scope="module")
-def server():
-    with Server("minivlm serve", [sys.executable, "-m", "minivlm", "serve"]) as running:
-        yield running
-
-
 @pytest.mark.parametrize("one", GARBAGE, ids=lambda one: one.name)
 def test_garbage_is_refused(server, one):
     async def send() -> int:
@@ -135,7 +130,7 @@ def test_the_command():
     assert {name for name, wrong in found["checks"].items() if wrong} <= {"memory flat", "every schema kept"}
 
 
-def test_bad_usage_is_told():
-    done = process("soak", "--clients", 2)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "at least 8" in done.stderr
+def test_bad_usage_is_told(capsys):
+    assert main(["soak", "--clients", "2"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "at least 8" in shown.err
