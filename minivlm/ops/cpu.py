@@ -239,12 +239,15 @@ def _small(linears: Sequence[nn.Linear]) -> bool:
     return plain and sum(linear.weight.numel() for linear in linears) <= SMALL
 
 
+def quantised(model: nn.Module) -> bool:
+    """Whether any of a model's layers has its weights in 8 or 4 bits."""
+    return any(isinstance(module, QUANTISED) for module in model.modules())
+
+
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a model by its name, once, in the usual order; joined ones are taken apart one at a time."""
     seen = set()
     for prefix, module in model.named_modules():
-        if isinstance(module.group if isinstance(module, GroupedLinear) else module, QUANTISED):
-            raise InputError(f"{prefix}: its weights were quantised while loading, expected weights as stored")
         if isinstance(module, GroupedLinear):
             values = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
         elif isinstance(module, Group):
