@@ -225,6 +225,8 @@ def save(
     named = [name for name, value in DTYPES.items() if value == dtype]
     if not named:
         raise InputError(f"the model is {dtype}, expected one of {', '.join(DTYPES)} to save it")
+    if cpu.quantised(model):
+        raise InputError("the model's weights were quantised while loading, expected weights as stored to save it")
     if config_values is None:
         config_values = to_hf(model.config)
     elif VLMConfig.from_hf(config_values, "config_values") != model.config:

@@ -206,6 +206,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise InputError(f"--clients: only of bench {SERVING}")
     if any(number < 1 for number in arguments.threads):
         raise InputError(f"--threads: found {min(arguments.threads)}, expected at least 1")
+    if arguments.plot is not None and arguments.rows and not {"context", "batch", "growth"} & set(arguments.rows):
+        raise InputError("--plot: draws the rows context, batch and growth, expected one of them")
     report = bench.run(
         arguments.rows,
         choose_device(arguments.device),
@@ -214,9 +216,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.threads,
         told=lambda row: say(f"{row.name}: {row.setting}"),
     )
+    print(json.dumps(report.to_json()) if arguments.json else "\n".join(report.lines()))
     if arguments.plot is not None:
         plot(report.rows, arguments.plot)
-    print(json.dumps(report.to_json()) if arguments.json else "\n".join(report.lines()))
     return 0
 
 

@@ -163,9 +163,9 @@ def load(
     or not supported.
     """
     place = choose_device(device)
-    check(weights)
     folder = hub.resolve(model)
     config = checkpoint.read_config(folder)
+    check(weights, config.text)
     recipe = recipe_for(config)
     if prompt_format is None and recipe is not None:
         prompt_format = recipe.prompt_format

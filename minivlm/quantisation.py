@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from minivlm.decoder.mistral import MistralDecoder
+from minivlm.decoder.mistral import MistralConfig, MistralDecoder
 from minivlm.errors import InputError
+from minivlm.kernels.quantise import GROUP
 from minivlm.ops.quantised import FORMATS, QuantisedLinear, quantise
 from minivlm.ops.rows import Rows
 from minivlm.vlm import VLM
@@ -60,10 +61,18 @@ class LogitChange:
         )
 
 
-def check(form: str) -> None:
-    """Raises InputError for a format that is not known."""
+def check(form: str, config: MistralConfig) -> None:
+    """Raises InputError for a format that is not known, or that a decoder of this configuration cannot have."""
     if form not in (STORED, *FORMATS):
         raise InputError(f"weights {form!r}, expected {STORED}, {' or '.join(FORMATS)}")
+    inputs = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+    }
+    for name, number in inputs.items():
+        if form == "int4" and number % GROUP:
+            raise InputError(f"weights int4: {name} = {number}, expected a multiple of {GROUP}")
 
 
 def quantise_while_filling(

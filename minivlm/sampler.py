@@ -20,7 +20,9 @@ import torch
 
 from minivlm.errors import InputError, NumericError
 
+Word = int | torch.Tensor
 WORD = 0xFFFFFFFF  # Philox works on 32-bit words, kept here in int64 tensors
+NOISE = 2**15  # most ids of several rows whose noise is computed at once: more would leave the processor's caches
 
 TINY, LARGEST = math.ulp(0.0), sys.float_info.max  # the smallest number above 0; the largest below infinity
 NOTHING_ALLOWED = "allowed: found no id of positive probability, expected at least one"
@@ -149,9 +151,7 @@ def sample(
         return _best_of_each(logits.detach().float(), positions, allowed)
     largest = logits.amax(dim=-1).tolist()  # one transfer for all rows; a maximum passes NaN on
     _require_finite(largest, positions)
-    masks = allowed.expand(rows, vocabulary)  # [B, V]
-    arguments = zip(logits.detach().float(), samplings, positions, seen, masks, strict=True)
-    return tuple(_choose(*row) for row in arguments)
+    return _choices(logits.detach().float(), samplings, positions, seen, allowed.expand(rows, vocabulary))
 
 
 def _require_finite(largest: Sequence[float], positions: Sequence[int]) -> None:
@@ -176,28 +176,62 @@ def _best_of_each(logits: torch.Tensor, positions: Sequence[int], allowed: torch
     return tuple(Choice(*row, ()) for row in zip(chosen, raw, sampled, strict=True))
 
 
-def _choose(
-    logits: torch.Tensor, sampling: Sampling, position: int, seen: Sequence[int], allowed: torch.Tensor
-) -> Choice:
-    scores = warp(logits, seen, sampling, allowed)
-    if sampling.greedy:
-        chosen = int(scores.argmax())  # of equals the lowest id, as torch documents argmax
-    else:
-        if sampling.seed is None:
+def _choices(
+    logits: torch.Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    seen: Sequence[Sequence[int]],
+    allowed: torch.Tensor,
+) -> tuple[Choice, ...]:
+    """Of any rows: what is asked for alike is computed of all rows that ask for it at once."""
+    alike: dict[tuple, list[int]] = {}
+    for row, s in enumerate(samplings):
+        if not s.greedy and s.seed is None:
             raise InputError("seed: found None in a row that draws, expected one (see Sampling.seeded)")
-        # Only what was kept needs noise, at top_k=50 that is 50 ids of 32,064. It is drawn on the CPU: not
-        # every device has float64, and logarithms may differ in the last bit between devices.
-        kept = scores.isfinite().nonzero().squeeze(-1)
-        ids = kept.cpu()
-        noisy = scores[kept].cpu().double() + gumbel_noise(sampling.seed, position, ids)
-        chosen = int(ids[noisy.argmax()])
+        settings = (s.greedy, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+        alike.setdefault(settings, []).append(row)
+    if len(alike) == 1:
+        scores = _warp_rows(logits, seen, samplings[0], allowed)
+    else:
+        scores = torch.empty_like(logits)
+        for rows in alike.values():
+            ids_of_rows = [seen[row] for row in rows]
+            scores[rows] = _warp_rows(logits[rows], ids_of_rows, samplings[rows[0]], allowed[rows])
+    drawing = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    drawn = _draw([scores[i] for i in drawing], [samplings[i].seed for i in drawing], [positions[i] for i in drawing])
+    # Of equals the lowest id, as torch documents argmax.
+    ids = drawn if len(drawn) == len(samplings) else scores.argmax(dim=-1).tolist()
+    for row, token_id in zip(drawing, drawn, strict=True):
+        ids[row] = token_id
+    places = torch.tensor(ids, device=logits.device)[:, None]
     logprobs = logits.log_softmax(dim=-1)
-    return Choice(
-        id=chosen,
-        logprob=float(logprobs[chosen]),
-        sampled_logprob=float(scores.log_softmax(dim=-1)[chosen]),
-        alternatives=_best(logprobs, allowed, sampling.top_logprobs),
+    raw, sampled = (x.gather(-1, places).squeeze(-1).tolist() for x in (logprobs, scores.log_softmax(dim=-1)))
+    numbers = zip(ids, raw, sampled, strict=True)
+    return tuple(
+        Choice(*of_row, _best(logprobs[row], allowed[row], samplings[row].top_logprobs))
+        for row, of_row in enumerate(numbers)
     )
+
+
+def _draw(scores: Sequence[torch.Tensor], seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """An id of each row by Gumbel-max; scores [V] of each.
+
+    Only what was kept needs noise, at top_k=50 that is 50 ids of 32,064. It is drawn on the CPU: not every device has
+    float64, and logarithms may differ in the last bit between devices.
+    """
+    kept = [row.isfinite().nonzero().squeeze(-1) for row in scores]
+    ids = [places.cpu() for places in kept]
+    drawn, first = [], 0
+    while first < len(ids):  # as many rows at once as have few ids: noise costs its 150 operators, whatever they are of
+        end, count = first + 1, len(ids[first])
+        while end < len(ids) and count + len(ids[end]) <= NOISE:
+            count, end = count + len(ids[end]), end + 1
+        noise = _noise(seeds[first:end], positions[first:end], ids[first:end])
+        for row, of_row in enumerate(noise, first):
+            noisy = scores[row][kept[row]].cpu().double() + of_row
+            drawn.append(int(ids[row][noisy.argmax()]))
+        first = end
+    return drawn
 
 
 def _best(logprobs: torch.Tensor, allowed: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
@@ -225,16 +259,23 @@ def warp(
     Ids in `seen` at or beyond V (an image placeholder that the head cannot produce) have no score to
     penalise. Raises InputError when `allowed` leaves nothing or the scores overflow float32.
     """
-    scores = logits
+    mask = None if allowed is None else allowed[None]
+    return _warp_rows(logits[None], [seen], sampling, mask)[0]
+
+
+def _warp_rows(
+    scores: torch.Tensor, seen: Sequence[Sequence[int]], sampling: Sampling, allowed: torch.Tensor | None
+) -> torch.Tensor:
+    """`warp` of rows with the same settings: [B, V] -> [B, V]."""
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
-        if float(scores.max()) == -math.inf:
+        if -math.inf in scores.amax(dim=-1).tolist():
             raise InputError(NOTHING_ALLOWED)
     if sampling.repetition_penalty != 1:
         scores = _penalise(scores, seen, float(sampling.repetition_penalty))
     if sampling.temperature is not None and not sampling.greedy:
         scores = scores / float(sampling.temperature)
-    if not math.isfinite(scores.max()):
+    if not all(map(math.isfinite, scores.amax(dim=-1).tolist())):
         raise InputError(
             f"temperature={sampling.temperature}, repetition_penalty={sampling.repetition_penalty}: "
             "found scores beyond the range of float32, expected settings nearer to 1"
@@ -242,37 +283,39 @@ def warp(
     if sampling.greedy:
         return scores
     if sampling.top_k is not None:
-        worst = scores.topk(min(sampling.top_k, len(scores))).values[-1]
+        worst = scores.topk(min(sampling.top_k, scores.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
         scores = scores.masked_fill(scores < worst, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         scores = scores.masked_fill(scores < _nucleus_boundary(scores, sampling.top_p), -math.inf)
     if sampling.min_p is not None:
         probabilities = scores.softmax(dim=-1)
-        scores = scores.masked_fill(probabilities < sampling.min_p * probabilities.max(), -math.inf)
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        scores = scores.masked_fill(probabilities < least, -math.inf)
     return scores
 
 
-def _penalise(scores: torch.Tensor, seen: Sequence[int], penalty: float) -> torch.Tensor:
-    """Every id of `seen` made less likely, once however often it occurs. By 2: 3 -> 1.5, -3 -> -6."""
-    ids = sorted(set(seen))
-    if ids and ids[0] < 0:
-        raise InputError(f"seen: found id {ids[0]}, expected ids of at least 0")
+def _penalise(scores: torch.Tensor, seen: Sequence[Sequence[int]], penalty: float) -> torch.Tensor:
+    """Every id of a row's `seen` made less likely, once however often it occurs. By 2: 3 -> 1.5, -3 -> -6."""
     occurs = torch.zeros_like(scores, dtype=torch.bool)
-    occurs[[token_id for token_id in ids if token_id < len(scores)]] = True
+    for row, of_row in enumerate(seen):
+        ids = sorted(set(of_row))
+        if ids and ids[0] < 0:
+            raise InputError(f"seen: found id {ids[0]}, expected ids of at least 0")
+        occurs[row, [token_id for token_id in ids if token_id < scores.shape[-1]]] = True
     return torch.where(occurs, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def _nucleus_boundary(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The worst score of the smallest set of best scores whose probability reaches `top_p`.
+    """The worst score of the smallest set of best scores whose probability reaches `top_p`: [B, V] -> [B, 1].
 
     Summed from the worst upward, as transformers does, so that float32 rounds alike. Probabilities .5 .3 .15
     .05 and top_p=0.7 give sums .05 .2 .5 1.0 against 1 - 0.7: the first two go, and .3, which crosses 0.7,
     stays.
     """
-    ordered = scores.sort().values
+    ordered = scores.sort(dim=-1).values
     mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-    dropped = int((mass <= 1 - top_p).sum())
-    return ordered[min(dropped, len(ordered) - 1)]  # the best score is always kept
+    dropped = (mass <= 1 - top_p).sum(dim=-1, keepdim=True)  # [B, 1]
+    return ordered.gather(-1, dropped.clamp(max=scores.shape[-1] - 1))  # the best score is always kept
 
 
 def gumbel_noise(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
@@ -280,11 +323,28 @@ def gumbel_noise(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
 
     The seed's low and high word are Philox's key; (id, low word of position, high word, 0) is its counter.
     """
-    if not 0 <= position < 2**64:
-        raise InputError(f"position: found {position}, expected an integer from 0 to 2**64 - 1")
-    low, high = (torch.full_like(ids, word) for word in (position & WORD, position >> 32))
-    words = philox4x32((ids, low, high, torch.zeros_like(ids)), (seed & WORD, seed >> 32))
-    return gumbel_of_bits(words[0], words[1])
+    return _noise([seed], [position], [ids])[0]
+
+
+def _noise(seeds: Sequence[int], positions: Sequence[int], ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """`gumbel_noise` of several rows at once, ids [n] of each."""
+    for position in positions:
+        if not 0 <= position < 2**64:
+            raise InputError(f"position: found {position}, expected an integer from 0 to 2**64 - 1")
+    counts = [len(of_row) for of_row in ids]
+    together = torch.cat(ids)
+    low, high = _words(positions, counts, together.device)
+    words = philox4x32((together, low, high, 0), _words(seeds, counts, together.device))
+    return gumbel_of_bits(words[0], words[1]).split(counts)
+
+
+def _words(numbers: Sequence[int], counts: Sequence[int], device) -> tuple[Word, ...]:
+    """The low and the high words of 64-bit numbers, each as often as its count; of one number as integers."""
+    words = [[number & WORD for number in numbers], [number >> 32 for number in numbers]]
+    if len(numbers) == 1:
+        return words[0][0], words[1][0]
+    repeats = torch.tensor(counts, device=device)
+    return torch.tensor(words, device=device).repeat_interleave(repeats, dim=1).unbind()
 
 
 def gumbel_of_bits(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
@@ -300,8 +360,11 @@ def gumbel_of_bits(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return -torch.log(-torch.log1p(-v.clamp(max=1 - 2.0**-53)))
 
 
-def philox4x32(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10: four counter words int64 [n] and two key words -> four random words int64 [n]."""
+def philox4x32(counter: Sequence[Word], key: Sequence[Word]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four counter words and two key words -> four random words int64 [n].
+
+    A word is int64 [n], or an integer for all n; of the counter one at least is a tensor.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -312,7 +375,7 @@ def philox4x32(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[t
     return c0, c1, c2, c3
 
 
-def _multiply(word: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply(word: Word, factor: int) -> tuple[Word, Word]:
     """High and low word of a 32 x 32 bit product.
 
     The product may pass 2**63 and wrap to a negative int64. Its 64 bits are right all the same, and the mask

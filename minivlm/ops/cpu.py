@@ -17,27 +17,28 @@ from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from minivlm.errors import InputError
-from minivlm.ops.attention import attend_rows, fused
 from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
+from minivlm.ops.cpu_shapes import of_rounded, padded
 from minivlm.ops.joined import GROUPS, joined
-from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear
-from minivlm.ops.rope import rope_table, rotate
+from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
 MANY = 32  # rows from which on plain weights are multiplied layer by layer
 LINEAR, QUANTISED = (nn.Linear, QuantisedLinear), (QuantisedLinear, QuantisedGroup)
-# Weights of 16 bits, at most so many numbers and no bias are not packed but lie by columns: one row's product is then
-# the sum of the columns, weighted by the row, which is what embedding_bag computes. oneDNN spends 15 us on any product
-# before it begins. Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256 24 / 25 / 7,
-# 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32, which as a vector does not go
-# through oneDNN, 256x256 takes 26 / 12 / 14. Other processors were not measured.
+# Weights of at most so many numbers and without a bias are not packed but lie by columns. In 16 bits one row's product
+# is then the sum of the columns, weighted by the row, which is what embedding_bag computes, and up to BAGS rows have a
+# bag each; oneDNN spends 15 us on any product before it begins. Microseconds packed / as a vector / by columns, Intel
+# with AMX, bfloat16: 256x256 24 / 25 / 7, 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271.
+# In float32 it is MKL's product: the four of a layer of width 256 take 230 / 372 / 733 us for 2 / 8 / 32 rows where the
+# weights lie by rows, and 164 / 243 / 491 by columns. Other processors were not measured.
 SMALL = 2**19
+BAGS = 4  # us for the same four in bfloat16, bags / oneDNN on columns: 2 rows 143 / 235, 4 rows 191 / 224, 8 288 / 227
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
@@ -80,31 +81,50 @@ def _reordered(weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [.., K] by a packed weight [N, K] -> [.., N]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return of_rounded(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""), x)
 
 
-def _vector_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [.., K] by weight [N, K] -> [.., N]; a single row as a vector."""
-    if x.numel() != x.shape[-1]:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by a plain weight. In float32 it is not oneDNN's, and any number of rows will do."""
+    if weight.dtype == torch.float32:
         return linear(x, weight, bias)
-    return of_vector(weight, bias)(x.reshape(-1)).view(*x.shape[:-1], -1)
+    return of_rounded(lambda x: linear(x, weight, bias), x)
 
 
-def of_vector(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The fastest product with a weight [N, K] that is not packed: a function of a vector [K] to a vector [N]."""
-    if weight.dtype.itemsize == 2 and bias is None and weight.t().is_contiguous():  # see `prepare`
-        every, first = _bag(weight.shape[1])
-        columns = weight.t()
-        return lambda x: torch.embedding_bag(columns, every, first, mode=0, per_sample_weights=x)[0][0]  # 0: their sum
+def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [.., K] by a weight [N, K] that is not packed -> [.., N]."""
+    rows = x.numel() // x.shape[-1]
+    if rows > MANY:
+        return _linear(x, weight, bias)
+    return of_rows(weight, bias)(x.reshape(-1) if rows == 1 else x.reshape(rows, -1)).view(*x.shape[:-1], -1)
+
+
+def of_rows(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The fastest product of few rows with a weight [N, K] that is not packed: a function of [K] or [B, K]."""
+    if bias is None and weight.t().is_contiguous():  # see `prepare`
+        return partial(_by_columns, weight.t())
+    vector = torch.mv if bias is None else partial(torch.addmv, bias)
     if weight.dtype == torch.float16:  # as a vector it is slower
-        return lambda x: linear(x, weight, bias)
-    return partial(torch.mv, weight) if bias is None else partial(torch.addmv, bias, weight)
+        return lambda x: _linear(x, weight, bias)
+    return lambda x: vector(weight, x) if x.dim() == 1 else _linear(x, weight, bias)
+
+
+def _by_columns(columns: Tensor, x: Tensor) -> Tensor:
+    """x [K] or [B, K] by columns [K, N]; `embedding_bag` has one bag for each row."""
+    rows = x.numel() // len(columns)
+    if columns.dtype.itemsize > 2:
+        return torch.matmul(x, columns)
+    if rows > BAGS:
+        return of_rounded(lambda x: torch.matmul(x, columns), x)
+    every, first = _bags(rows, len(columns))
+    out = torch.embedding_bag(columns, every, first, mode=0, per_sample_weights=x.reshape(-1))[0]  # 0: their sum
+    return out if x.dim() > 1 else out[0]
 
 
 @cache
-def _bag(size: int) -> tuple[Tensor, Tensor]:
-    """Of `size` rows every one, and where they begin: embedding_bag's indices and offsets."""
-    return torch.arange(size, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
+def _bags(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """embedding_bag's indices and offsets: `count` bags of all of `size` rows."""
+    return torch.arange(size, device="cpu").repeat(count), torch.arange(0, count * size, size, device="cpu")
 
 
 # ---- joined linear layers
@@ -125,7 +145,7 @@ class Group(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
-        return _product(x, self.weight, self.bias) if self.packed else _vector_product(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias) if self.packed else _plain_product(x, self.weight, self.bias)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
@@ -133,7 +153,11 @@ class Group(nn.Module):
         if self.packed or x.numel() < MANY * x.shape[-1] or x.requires_grad:
             return self(x).split(self.sizes, dim=-1)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
-        return tuple(linear(x, *part) for part in zip(self.weight.split(self.sizes), biases, strict=True))
+        weights = zip(self.weight.split(self.sizes), biases, strict=True)
+        if x.dim() != 2 or x.dtype == torch.float32:
+            return tuple(linear(x, *weight) for weight in weights)
+        more = padded(x)
+        return tuple(linear(more, *weight)[: len(x)] for weight in weights)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Nothing: the layers save their own weights, under the checkpoint's names."""
@@ -211,16 +235,19 @@ def _small(linears: Sequence[nn.Linear]) -> bool:
     """Whether the weights of a group are to lie by columns: only where embedding_bag has FBGEMM's kernels."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
-    halves = all(linear.bias is None and linear.weight.dtype.itemsize == 2 for linear in linears)
-    return halves and sum(linear.weight.numel() for linear in linears) <= SMALL
+    plain = all(linear.bias is None for linear in linears)
+    return plain and sum(linear.weight.numel() for linear in linears) <= SMALL
+
+
+def quantised(model: nn.Module) -> bool:
+    """Whether any of a model's layers has its weights in 8 or 4 bits."""
+    return any(isinstance(module, QUANTISED) for module in model.modules())
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a model by its name, once, in the usual order; joined ones are taken apart one at a time."""
     seen = set()
     for prefix, module in model.named_modules():
-        if isinstance(module.group if isinstance(module, GroupedLinear) else module, QUANTISED):
-            raise InputError(f"{prefix}: its weights were quantised while loading, expected weights as stored")
         if isinstance(module, GroupedLinear):
             values = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
         elif isinstance(module, Group):
@@ -283,54 +310,3 @@ def table_size(positions: int) -> int:
 def _rope_rows(size: int, head_dim: int, theta: float, dtype: torch.dtype, inference: bool) -> tuple[Tensor, Tensor]:
     """inference: only keeps apart the tensors that a backward pass cannot use."""
     return rope_table(torch.arange(size, device="cpu"), head_dim, theta, dtype)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    angles: tuple[Tensor, Tensor],
-    rows: Rows,
-    seen,
-    cache: KVCache | None,
-    layer: int,
-) -> Tensor:
-    """q [S, H, C], k and v [S, K, C] before rotation; seen: what `sight` returned. Returns [S, H * C]."""
-    q, k = rotate(q, *angles), rotate(k, *angles)
-    if cache is None or max(rows.lengths) > 1:
-        return attend_rows(fused, q, k, v, rows, seen, cache, layer)
-    single = single_attention(q.dtype)
-    outputs = []
-    for row, (slot, start) in enumerate(zip(rows.slots, rows.starts, strict=True)):
-        keys, values = cache.write(layer, slot, start, k[row, :, None], v[row, :, None])  # [K, start + 1, C]
-        ((look),) = seen[row]
-        out = single(q[row].view(k.shape[1], -1, q.shape[2]), keys[:, look.lo :], values[:, look.lo :])  # [K, H/K, C]
-        outputs.append(out.reshape(1, -1))  # [1, H * C]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def single_attention(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The fastest form of a single query's attention: (q [K, H/K, C], k [K, t, C], v [K, t, C]) -> [K, H/K, C]."""
-    if packs() and dtype != torch.float32:
-        return _single_by_products
-    return _single_by_gqa if dtype == torch.bfloat16 else _single_by_sdpa
-
-
-def _single_by_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [K, H/K, C], k and v [K, t, C] -> [K, H/K, C]."""
-    return scaled_dot_product_attention(q[None], k[None], v[None])[0]
-
-
-def _single_by_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, a head a query row. In bfloat16 with AMX, at 300 keys, groups of two take 13 us instead of 20, groups
-    of four as long; in float32 and float16 each key would be read for each head."""
-    return scaled_dot_product_attention(q.view(1, -1, 1, q.shape[2]), k[None], v[None], enable_gqa=True).reshape(
-        q.shape
-    )
-
-
-def _single_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by two products. With AMX oneDNN first copies all keys into tiles and this is 5 times slower than SDPA;
-    without, at 3,000 keys in bfloat16, it is 3 times faster (AMD Zen 5: 0.37 and 1.17 ms a layer)."""
-    scores = torch.bmm(q, k.transpose(1, 2)).float() * q.shape[-1] ** -0.5  # [K, H/K, t]
-    return torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from minivlm.kernels.quantise import GROUP, HALF, quantise_int4, quantise_int8
+from minivlm.ops.cpu_shapes import of_rounded
 from minivlm.ops.quantised import QuantisedLinear, widened
 
 FEW = 16
@@ -60,7 +61,7 @@ class QuantisedGroup(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]."""
         product = self._by_8_bits if self.form == "int8" else self._by_4_bits
-        return product(x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
+        return of_rounded(product, x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one."""

@@ -1,4 +1,4 @@
-"""Few shapes on a CPU: oneDNN, and PyTorch's attention with it, compile code for every shape that they meet and keep it.
+"""Few shapes on a CPU: oneDNN, and PyTorch's attention with it, compile code for every shape they meet and keep it.
 
 Prompts come in every length. In bfloat16 a product keeps 0.3 to 1 MB for each number of rows, up to a thousand of them,
 and attention with a mask some kilobytes for each pair of numbers of queries and keys, without end. So both are given
@@ -22,11 +22,16 @@ def rounded_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def padded(x: Tensor) -> Tensor:
+    """Rows x [S, K] with rows of zeros up to a rounded number; other tensors as they are."""
+    more = rounded_up(len(x)) - len(x) if x.dim() == 2 else 0
+    return pad(x, (0, 0, 0, more)) if more else x
+
+
 def of_rounded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) of rows x [S, K] -> [S, N], computed for a rounded number of rows; other tensors as they are."""
-    if x.dim() != 2 or (more := rounded_up(len(x)) - len(x)) == 0:
-        return product(x)
-    return product(pad(x, (0, 0, 0, more)))[: len(x)]
+    """product(x) of rows x [S, K] -> [S, N], computed for a rounded number of rows."""
+    out = product(padded(x))
+    return out[: len(x)] if x.dim() == 2 else out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:

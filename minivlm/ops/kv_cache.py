@@ -1,6 +1,7 @@
 """The key-value cache: one preallocated tensor of keys and one of values, written by position.
 
-It knows nothing of rows or lengths: `Rows.starts` says how much of a slot is filled.
+It knows nothing of rows or lengths: `Rows.starts` says how much of a slot is filled. What nobody has written is 0: a
+masked position that is not a number would still spoil a sum.
 """
 
 import torch
@@ -12,8 +13,8 @@ class KVCache:
 
     def __init__(self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype, device):
         shape = (layers, slots, kv_heads, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def capacity(self) -> int:
@@ -45,6 +46,6 @@ class KVCache:
             return
         old_keys, old_values = self.keys, self.values
         shape = (*old_keys.shape[:3], max(capacity, 2 * self.capacity), old_keys.shape[4])
-        self.keys, self.values = old_keys.new_empty(shape), old_values.new_empty(shape)
+        self.keys, self.values = old_keys.new_zeros(shape), old_values.new_zeros(shape)
         self.keys[:, :, :, : old_keys.shape[3]] = old_keys
         self.values[:, :, :, : old_values.shape[3]] = old_values

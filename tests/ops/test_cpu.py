@@ -206,19 +206,6 @@ def test_small_weights_of_16_bits_lie_by_columns(form, tied):
 # ---- the operations
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("single", (cpu._single_by_sdpa, cpu._single_by_gqa, cpu._single_by_products))
-def test_a_single_query_equals_float64(single, dtype):
-    torch.manual_seed(0)
-    for kv_heads, group, keys, channels in ((1, 1, 1, 8), (2, 4, 77, 16), (3, 8, 300, 64)):
-        q, (k, v) = torch.randn(kv_heads, group, channels), torch.randn(2, kv_heads, keys, channels)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        scores = torch.softmax(q.double() @ k.double().transpose(1, 2) * channels**-0.5, dim=-1)
-        expected, found = scores @ v.double(), single(q, k, v)
-        assert found.dtype == dtype
-        assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(v.abs().max())
-
-
 def test_rotary_rows_are_those_of_the_table():
     device = torch.device("cpu")
     layouts = [Rows.causal([n], [start]) for n, start in ((1, 0), (5, 2047), (1, 2048), (3, 31000))]

@@ -1,15 +1,20 @@
-"""A single row's decoding step of the backend `cpu` against the decoder that it is made of."""
+"""The decoding steps of the backend `cpu` against the decoder that it is made of."""
+
+from collections.abc import Sequence
 
 import pytest
 import tiny
 import torch
 from test_cpu import CASES, DTYPES, form  # noqa: F401  a fixture: every form of the products
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import minivlm
 from minivlm.decoder.mistral import MistralDecoder
+from minivlm.ops import cpu_decoding
 from minivlm.ops.backend import CPU
-from minivlm.ops.cpu_decoding import decoding
+from minivlm.ops.cpu_decoding import Step, _by_gqa, _by_products, decoding
+from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.sampler import Sampling
 
@@ -47,7 +52,9 @@ def test_steps_equal_one_pass(name, tmp_path):
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_error_in_16_bits_is_that_of_the_decoder(kind, dtype, tiny_of):
-    """Against float32, root mean square: at most 1.1 times that of the same steps through the blocks."""
+    """Against float32, root mean square: at most 1.2 times that of the same steps through the blocks. Where weights are
+    packed the step rounds scores before the softmax, as `reference` does; the blocks' fused operator does not.
+    """
     ids = torch.randint(400, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     exact, decoder = (decoder_of(tiny_of(kind).folder, name) for name in (torch.float32, dtype))
     with torch.inference_mode():
@@ -58,7 +65,7 @@ def test_error_in_16_bits_is_that_of_the_decoder(kind, dtype, tiny_of):
             through_blocks.append(decoder(embedding, Rows.causal([1], [position]), cache))
         found, plain = steps(decoder, ids, 1, 40), torch.cat(through_blocks)[3:]
     errors = [float((hidden.float() - expected).square().mean().sqrt()) for hidden in (found, plain)]
-    assert found.dtype == dtype and 0 < errors[0] <= 1.1 * errors[1], errors
+    assert found.dtype == dtype and 0 < errors[0] <= 1.2 * errors[1], errors
 
 
 def test_rows_come_and_go(tiny_of):
@@ -78,6 +85,74 @@ def test_rows_come_and_go(tiny_of):
                 torch.testing.assert_close(found, whole[row][at[row]], rtol=1e-5, atol=1e-5)
                 at[row] += 1
     assert at == [4, 4]
+
+
+# ---- several rows
+
+LENGTHS, SLOTS = (3, 30, 9, 17, 9, 25), (5, 0, 7, 2, 3, 6)  # of the slots, 1 and 4 are nobody's
+
+
+def prefilled(decoder: MistralDecoder, garbage: float = 0) -> tuple[KVCache, list[list[int]]]:
+    """A cache that holds rows of LENGTHS in SLOTS without their last ids, and something behind them; the rows' ids."""
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(400, (length,), generator=draw).tolist() for length in LENGTHS]
+    cache = decoder.new_cache(8, 31)
+    cache.keys.fill_(garbage), cache.values.fill_(garbage)
+    packed = torch.tensor([token for row in ids for token in row[:-1]])
+    decoder(decoder.embed_tokens(packed), Rows.causal([n - 1 for n in LENGTHS], slots=SLOTS), cache)
+    return cache, ids
+
+
+def last_ids(decoder: MistralDecoder, cache: KVCache, ids: list[list[int]], rows: Sequence[int]) -> torch.Tensor:
+    """One step of some of the rows."""
+    where = Rows.causal([1] * len(rows), [LENGTHS[row] - 1 for row in rows], [SLOTS[row] for row in rows])
+    return decoding(decoder, cache)([ids[row][-1] for row in rows], where)
+
+
+@pytest.mark.parametrize("call", (-1, 2**30), ids=("one by one", "together"))
+@pytest.mark.parametrize("name", CASES)
+def test_several_rows_equal_one_pass_of_each(name, call, tmp_path, monkeypatch):
+    """In float32: rows of other lengths, slots in any order and with gaps, both forms of attention."""
+    monkeypatch.setattr(cpu_decoding, "CALL", call)
+    kind, text, vision, config = CASES[name]
+    decoder = decoder_of(tiny.make_tiny(tmp_path, kind, text=text, vision=vision, config=config), "float32")
+    with torch.inference_mode():
+        cache, ids = prefilled(decoder, garbage=7.0)
+        whole = [decoder(decoder.embed_tokens(torch.tensor(row)), Rows.causal([len(row)]), None)[-1] for row in ids]
+        for rows in (range(6), (4, 1), (5, 0, 3)):
+            found = last_ids(decoder, cache, ids, rows)
+            torch.testing.assert_close(found, torch.stack([whole[row] for row in rows]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+def test_rows_depend_on_their_neighbours_by_rounding_alone(dtype, tiny_of):
+    """Against float32, root mean square: a row beside others is at most 1.2 times as wrong as the row by itself."""
+    exact, decoder = (decoder_of(tiny_of("next-mistral").folder, name) for name in (torch.float32, dtype))
+    with torch.inference_mode():
+        (true, ids), (cache, _) = prefilled(exact), prefilled(decoder)
+        expected = torch.cat([last_ids(exact, true, ids, [row]) for row in range(6)])
+        alone = torch.cat([last_ids(decoder, cache, ids, [row]) for row in range(6)])
+        errors = [(last_ids(decoder, cache, ids, range(6)) - expected).square().mean().sqrt()]
+        errors.append((alone - expected).square().mean().sqrt())
+    assert errors[0] <= 1.2 * errors[1], errors
+
+
+def test_what_is_masked_may_be_no_number(tiny_of):
+    """A broken row left it behind: the others are computed one by one."""
+    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
+    with torch.inference_mode():
+        (clean, ids), (spoilt, _) = prefilled(decoder), prefilled(decoder, garbage=torch.nan)
+        expected, found = (last_ids(decoder, cache, ids, range(6)) for cache in (clean, spoilt))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_attend_together_where_they_are_alike(tiny_of):
+    """Not beside one that is much longer, nor far from one another."""
+    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
+    step = Step(decoder, decoder.new_cache(64, 4))
+    assert step._alike((3, 1, 2), (300, 280, 320)) and step._alike((0, 2), (100, 100))
+    assert not step._alike((0, 1, 2), (300, 9000, 320)) and not step._alike((0, 63), (3000, 3000))
+    assert not step._alike((3,), (300,))
 
 
 def test_a_position_beyond_the_cache_is_refused(tiny_of):
@@ -101,6 +176,7 @@ def test_a_step_calls_few_operators(tiny_of, form):  # noqa: F811
     decoder = decoder_of(tiny_of("next-mistral").folder, torch.bfloat16)
     cache = decoder.new_cache(1, 40)
     cache.keys.zero_(), cache.values.zero_()
+    eight = decoding(decoder, decoder.new_cache(8, 40))
     step, choose = decoding(decoder, cache), CPU.sampler(torch.ones(decoder.config.vocab_size, dtype=torch.bool))
 
     def calls(run) -> int:
@@ -111,6 +187,23 @@ def test_a_step_calls_few_operators(tiny_of, form):  # noqa: F811
 
     with torch.inference_mode():
         hidden = calls(lambda: step([5], Rows.causal([1], [30])))
+        of_eight = calls(lambda: eight([5] * 8, Rows.causal([1] * 8, [30] * 8)))
         logits = decoder.logits(step([5], Rows.causal([1], [30])))
         chosen = calls(lambda: choose(logits, [Sampling()], [31], [[]]))
-    assert hidden <= 20 + 37 * decoder.config.num_hidden_layers and chosen <= 14, (hidden, chosen)
+    assert hidden <= 20 + 44 * decoder.config.num_hidden_layers and chosen <= 14, (hidden, chosen)
+    assert of_eight <= 50 + 45 * decoder.config.num_hidden_layers, of_eight
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("single", (scaled_dot_product_attention, _by_gqa, _by_products))
+def test_single_queries_equal_float64(single, dtype):
+    torch.manual_seed(0)
+    for rows, kv_heads, group, keys, channels in ((1, 1, 1, 1, 8), (1, 2, 4, 77, 16), (3, 3, 8, 300, 64)):
+        q, (k, v) = torch.randn(rows, kv_heads, group, channels), torch.randn(2, rows, kv_heads, keys, channels)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        mask = torch.zeros(rows, 1, 1, keys, dtype=dtype).masked_fill_(torch.arange(keys) > keys // 2, -torch.inf)
+        for added in (None, mask):
+            scores = q.double() @ k.double().transpose(2, 3) * channels**-0.5 + (0 if added is None else added)
+            expected, found = torch.softmax(scores, dim=-1) @ v.double(), single(q, k, v, added)
+            assert found.dtype == dtype
+            assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(v.abs().max())
