@@ -101,10 +101,10 @@ class Answer:
         return item
 
     def cancel(self) -> None:
-        """The client has gone: the row leaves before the next step, and its slot is free. Later calls do nothing."""
+        """The client has gone: the row leaves before the next step, its slot is free, and no token is told any more."""
+        self._items.clear()
         if not self._over:
             self._over = True
-            self._items.clear()
             self._arrived.set()
             self._give_up(self)
 

@@ -129,6 +129,19 @@ def test_answers_of_a_busy_engine_are_those_of_each_job_alone(vlm, chunk):
     run(test)
 
 
+def test_what_was_not_read_when_an_answer_is_given_up_is_not_told(vlm):
+    async def test() -> None:
+        async with running(vlm) as engine:
+            answer = engine.submit(job(asked(vlm, None), 1))
+            while not engine.state().answers:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            answer.cancel()
+            assert await tokens_of(answer) == []
+
+    run(test)
+
+
 def test_a_dialogue_continues_in_its_slot_and_a_picture_is_encoded_once(vlm):
     """What is computed is only what is new, and gives the logits of computing all of it to rounding."""
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}]
