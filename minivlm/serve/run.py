@@ -81,7 +81,7 @@ class Serving:
             bound.bind((self.host, self.port))
         except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
             bound.close()
-            reason = getattr(error, "strerror", None) or error
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"--host {self.host} --port {self.port}: {reason}") from None
         return bound
 
