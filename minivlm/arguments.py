@@ -86,6 +86,7 @@ def _serve(parser: _Parser) -> None:
     )
     group.add_argument("--port", type=int, default=8080, metavar="N", help="port, 0 for a free one (default 8080)")
     group.add_argument("--api-key", metavar="KEY", help="what clients must send as Authorization: Bearer KEY")
+    group.add_argument("--api-key-file", metavar="FILE", help="the same from a file, hidden from who lists processes")
     group.add_argument("--cors-allow-origin", action="append", metavar="ORIGIN",
                        help="whose pages may ask; repeatable (default: any)")  # fmt: skip
     group.add_argument("--shutdown-seconds", type=float, metavar="S", help="for answers to finish when it is stopped "

@@ -139,9 +139,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     limits = Limits(**{field.name: given[field.name] for field in fields(Limits) if field.name in given})
     named = {field.name: given[field.name] for field in fields(Serving) if field.name in given}
-    vlm, seconds = _load(arguments)
-    say(f"{arguments.model or SHIPPED} loaded in {seconds:.1f} s: {_where(vlm)}")
-    return serve(vlm, Serving(name=arguments.model or SHIPPED, **named), limits)
+    serving = Serving(name=arguments.model or SHIPPED, **named)
+    key = serving.key()
+    with serving.bind() as bound:  # before the model is loaded: a port that is taken should be told at once
+        vlm, seconds = _load(arguments)
+        say(f"{serving.name} loaded in {seconds:.1f} s: {_where(vlm)}")
+        return serve(vlm, serving, limits, key, bound)
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivlm import __version__
 from minivlm.serve import chat, completions, sagemaker, tasks, tgi
-from minivlm.serve.errors import TOLD, ClientGone, Refused, closing, internal, refused
+from minivlm.serve.errors import TOLD, ClientGone, Refused, internal, refused, unhealthy
 from minivlm.serve.limits import BodyLimit
 from minivlm.serve.log import GONE, AccessLog, Log
 from minivlm.serve.openai import ChatChunk, CompletionChunk, Model, Models
@@ -134,15 +134,19 @@ HEALTH: dict[str, Any] = {"status_code": 200, "response_class": Response,
                           "responses": {503: {"model": ErrorResponse, "description": "Not ready"}}}  # fmt: skip
 
 
+# HEAD, by which load balancers ask, is left out of the document: it would be each GET once more.
+@router.head("/health", include_in_schema=False)
+@router.head("/ping", include_in_schema=False)
 @router.get("/health", **HEALTH)
 @router.get("/ping", **HEALTH)
 async def health(service: The) -> Response:
     """200 while the model can answer."""
     if not service.engine.state().alive:
-        raise closing()
+        raise unhealthy()
     return Response()
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", **HEALTH)
 async def root(service: The, accept: Annotated[str, Header()] = "*/*") -> Response:
     """The page to try it for a browser; for others the health answer."""

@@ -64,7 +64,7 @@ async def chat_completions(
     prompt = await service.work(prompt_of, service, asked)
     running = await unless_gone(request, started(service, prompt, parameters, record, asked.each))
     if asked.stream:
-        events = told(service, _events(service, asked, running), openai=True)
+        events = told(service, record, _events(service, asked, running), openai=True)
         return EventStream(events, stream_headers(service, len(prompt.text)))
     finished = await unless_gone(request, all_of([generation.whole() for generation in running]))
     response.headers.update(headers(service, record, len(prompt.text), finished[0]))

@@ -54,7 +54,7 @@ async def completions(
     characters = sum(map(len, prompts))
     if asked.stream:
         events = _events(service, asked, parameters, running, echoes)
-        return EventStream(told(service, events, openai=True), stream_headers(service, characters))
+        return EventStream(told(service, record, events, openai=True), stream_headers(service, characters))
     finished = await unless_gone(request, all_of([generation.whole() for generation in running]))
     response.headers.update(headers(service, record, characters, finished[0]))
     choices = [

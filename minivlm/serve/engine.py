@@ -2,6 +2,10 @@
 
 Between any two steps of the batch, rows that were given up leave, jobs in line take the free slots, and a few tiles of
 new pictures are encoded. It knows nothing of HTTP.
+
+The names, as a request meets them: a `Job` is what is asked for; `Work` is a job that was accepted, with what the
+engine still lacks of it; its `Answer` carries the tokens to the event loop; its `Row` holds the ids and how they are
+chosen; a `Slot` keeps the keys and values of one row, and of the prefix after it; a `Member` is the row in the batch.
 """
 
 import asyncio
@@ -46,7 +50,8 @@ class Work:
 
 
 class Engine:
-    """Answers jobs, many at a time; each gets the answer that it would get alone."""
+    """Answers jobs, many at a time; each gets the answer that it would get alone: its very ids in float32; in bfloat16
+    up to rounding, which depends on how many rows a step has."""
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class Engine:
         limits = {"max_batch": max_batch, "max_total_tokens": max_total_tokens, "prefill_chunk": prefill_chunk}
         for name, value in limits.items():
             if value < 1:
-                raise InputError(f"{name}: found {value}, expected at least 1")
+                raise InputError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
         self.pipeline, self.max_queue, self._observe = pipeline, max_queue, observe
         self.max_total_tokens = min(max_total_tokens, pipeline.context)
         model = pipeline.model
@@ -79,7 +84,7 @@ class Engine:
         self.max_batch = min(max_batch, cache_bytes // slot_bytes)
         if self.max_batch < 1:
             raise InputError(
-                f"cache_bytes: found {cache_bytes}, expected at least {slot_bytes}, the keys and values of "
+                f"--cache-bytes: found {cache_bytes}, expected at least {slot_bytes}, the keys and values of "
                 f"{self.max_total_tokens} tokens"
             )
         cache = model.language_model.new_cache(self.max_batch, self.max_total_tokens)

@@ -59,9 +59,14 @@ def overloaded(seconds: float) -> Refused:
     return Refused(429, "Model is overloaded", "overloaded", {"Retry-After": str(max(1, math.ceil(seconds)))})
 
 
-def closing() -> Refused:
-    """503: the server is being stopped."""
+def unhealthy() -> Refused:
+    """503: the model cannot answer."""
     return Refused(503, "unhealthy", "healthcheck", {"Retry-After": "5"})
+
+
+def closing() -> Refused:
+    """503: the server is being stopped; TGI, which cuts the connection then, has no words for it."""
+    return Refused(503, "the server is shutting down", "shutdown", {"Retry-After": "5"})
 
 
 def internal() -> Refused:

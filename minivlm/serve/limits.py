@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -58,6 +59,9 @@ class Limits:
         for name, value in vars(self).items():
             if value is not None and not value > 0:
                 raise InputError(f"--{name.replace('_', '-')}: found {value}, expected more than 0")
+        found, most = self.max_image_pixels, Image.MAX_IMAGE_PIXELS
+        if found > most:
+            raise InputError(f"--max-image-pixels: found {found}, expected at most {most}")
 
     def of_context(self, context: int) -> "Limits":
         """With the numbers of tokens known, for a model that reads `context` of them."""

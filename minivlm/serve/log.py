@@ -76,6 +76,8 @@ class AccessLog:
             if not ended:
                 values["ended"] = "early"
             record = scope.get("record")
+            if record is not None and record.error is not None:
+                values |= {"ended": "early", "error": record.error}
             if record is not None and record.finish_reason:
                 values |= {
                     "prompt_tokens": record.prompt_tokens,

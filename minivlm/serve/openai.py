@@ -73,7 +73,7 @@ class OpenAIRequest(Schema):
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: Annotated[float | None, Rule("`temperature` must be 0, which is greedy, or positive", ge=0)] = None
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -41,12 +43,14 @@ class Serving:
 
     cache_bytes, picture_bytes: of the keys and values, and of encoded pictures that are kept. prefill_chunk: positions
     of a prompt that one step computes beside the running answers. shutdown_seconds: that answers get to finish.
+    api_key_file: a file with the key alone, for a command line is seen by all who use the machine.
     """
 
     name: str
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = None
+    api_key_file: str | None = None
     cors_allow_origin: Sequence[str] = ("*",)
     remote_images: bool = True
     allow_private_hosts: bool = False
@@ -57,19 +61,39 @@ class Serving:
     shutdown_seconds: float = 30.0
     json_logs: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"--port: found {self.port}, expected 0 to 65535")
+        if not self.shutdown_seconds >= 0:
+            raise InputError(f"--shutdown-seconds: found {self.shutdown_seconds}, expected at least 0")
+        if self.api_key is not None and self.api_key_file is not None:
+            raise InputError("--api-key, --api-key-file: found both, expected one")
 
-def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
+    def key(self) -> str | None:
+        """What clients must send; never empty."""
+        name, key = "--api-key", self.api_key
+        if self.api_key_file is not None:
+            name, key = f"--api-key-file: {self.api_key_file}", Path(self.api_key_file).read_text("latin-1").strip()
+        if key is not None and not (key and key.isascii() and key.isprintable()):
+            raise InputError(f"{name}: expected printable ASCII characters, at least one")
+        return key
+
+    def bind(self) -> socket.socket:
+        """The socket to listen on. It refuses connections until uvicorn listens, once the model can answer."""
+        bound = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        try:
+            if os.name == "posix":  # a port just left may be taken again; elsewhere this would share one in use
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((self.host, self.port))
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
+            bound.close()
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"--host {self.host} --port {self.port}: {reason}") from None
+        return bound
+
+
+def serve(pipeline: Pipeline, serving: Serving, limits: Limits, key: str | None, bound: socket.socket) -> int:
     """Serve until a signal comes; returns the exit status: 0 after SIGTERM, 130 after Ctrl-C."""
-    if limits.max_image_pixels > Image.MAX_IMAGE_PIXELS:
-        raise InputError(
-            f"--max-image-pixels: found {limits.max_image_pixels}, expected at most {Image.MAX_IMAGE_PIXELS}"
-        )
-    if serving.api_key is not None and not (serving.api_key.isascii() and serving.api_key.isprintable()):
-        raise InputError("--api-key: expected printable ASCII characters")
-    if not 0 <= serving.port < 2**16:
-        raise InputError(f"--port: found {serving.port}, expected 0 to 65535")
-    family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
-    listener = socket.create_server((serving.host, serving.port), family=family, backlog=BACKLOG)
     limits, log, metrics = limits.of_context(pipeline.context), Log(serving.json_logs), Metrics()
     engine = Engine(
         pipeline,
@@ -85,7 +109,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
     if serving.remote_images:
         fetcher = Fetcher(limits.max_image_bytes, limits.fetch_seconds, serving.allow_private_hosts)
     service = Service(serving.name, pipeline, engine, limits, fetcher, metrics)
-    app = create_app(service, log, serving.api_key, serving.cors_allow_origin, serving.shutdown_seconds)
+    app = create_app(service, log, key, serving.cors_allow_origin, serving.shutdown_seconds)
     # Above what malloc keeps for itself: the memory of a large picture goes back to the system behind its request.
     Image.core.set_block_size(PICTURE_BLOCK)
     logging.captureWarnings(True)
@@ -111,7 +135,7 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits) -> int:
         serving.shutdown_seconds,
         log,
     )
-    asyncio.run(server.serve([listener]))
+    asyncio.run(server.serve([bound]))
     log.say("stopped")
     return 130 if server.stopped_by == signal.SIGINT else 0
 
@@ -147,8 +171,23 @@ class Server(uvicorn.Server):
         """Answers that the engine gives up tell their clients so, before uvicorn ends what still runs."""
         closing = asyncio.create_task(self.engine.close(self.seconds))
         await super().shutdown(sockets)
-        if not self.force_exit:
-            await closing
+        if self.force_exit:
+            await self._hurry()
+        await closing
+
+    async def _hurry(self) -> None:
+        """Ctrl-C again: all answers end at the next token. The process must not end while a thread is inside torch,
+        nor the event loop while tasks run: the one aborts, the other writes a trace for each."""
+        await self.engine.close(0)
+        await self._tasks_end()
+        for connection in list(self.server_state.connections):  # of clients that read nothing
+            connection.transport.abort()
+        await self._tasks_end()
+        await self.lifespan.shutdown()
+
+    async def _tasks_end(self) -> None:
+        if self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks), timeout=LAST_WORDS_SECONDS)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -89,6 +89,7 @@ class Record:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finish_reason: str = ""
+    error: str | None = None  # the kind of the one that ended a stream early, whose status was sent before
     answers: list[Answer] = field(default_factory=list)
 
     @property

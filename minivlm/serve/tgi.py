@@ -76,7 +76,7 @@ class TokenOut(Schema):
     special: bool
 
 
-class Sequence(Schema):
+class AnswerDetails(Schema):
     """How an answer came about."""
 
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
@@ -87,13 +87,13 @@ class Sequence(Schema):
     top_tokens: list[list[TokenOut]] | None = None
 
 
-class BestOfSequence(Sequence):
+class BestOfSequence(AnswerDetails):
     """An answer that was not the best."""
 
     generated_text: str
 
 
-class Details(Sequence):
+class Details(AnswerDetails):
     """How the answer came about, and those that it was better than."""
 
     best_of_sequences: list[BestOfSequence] | None = None
@@ -144,12 +144,17 @@ class VertexResponse(Schema):
 
 OPTIONS: dict[str, Any] = {"response_model_exclude_unset": True, "responses": refusals()}
 EVENTS = events_of("StreamResponse")
-# Of a route that only streams FastAPI would document errors as events, too.
 ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-STREAM = refusals() | EVENTS
-for _refusal in STREAM.values():
-    if _refusal.pop("model", None) is not None:
-        _refusal["content"] = _refusal.get("content", {}) | ERROR
+
+
+def as_json(refusal: dict[str, Any]) -> dict[str, Any]:
+    """A documented refusal of a route that only streams: FastAPI would document its model as an event."""
+    if "model" not in refusal:
+        return refusal
+    return {"description": refusal["description"], "content": refusal.get("content", {}) | ERROR}
+
+
+STREAM = {status: as_json(refusal) for status, refusal in refusals().items()} | EVENTS
 
 
 @router.post("/generate", **OPTIONS)
@@ -249,7 +254,7 @@ async def generate_whole(service: Service, asked: GenerateRequest, record: Recor
 
 
 def sequence(service: Service, generation: Generation, finished: Finished) -> dict[str, Any]:
-    """The fields of `Sequence`; those that were not asked for are left out."""
+    """The fields of `AnswerDetails`; those that were not asked for are left out."""
     values: dict[str, Any] = {
         "finish_reason": REASONS[finished.finish_reason],
         "generated_tokens": len(finished.pieces),
@@ -291,7 +296,7 @@ async def generate_events(service: Service, asked: GenerateRequest, record: Reco
     parameters = asked.parameters
     parameters.check(service.limits, stream=True)
     (generation,) = await started(service, prompt_of(asked.inputs), parameters, record)
-    return told(service, _events(service, generation, asked))
+    return told(service, record, _events(service, generation, asked))
 
 
 async def _events(service: Service, generation: Generation, asked: GenerateRequest) -> AsyncIterator[bytes]:

@@ -123,7 +123,9 @@ class ErrorEvent(BaseModel):
     error_type: str | None = None
 
 
-async def told(service: Service, events: AsyncIterator[bytes], openai: bool = False) -> AsyncIterator[bytes]:
+async def told(
+    service: Service, record: Record, events: AsyncIterator[bytes], openai: bool = False
+) -> AsyncIterator[bytes]:
     """The events, and one more for the error that ends them early. openai: in OpenAI's form, with `[DONE]` at the end.
 
     The status is sent long before: an exception that left this would cut the connection, and tell the client nothing.
@@ -139,6 +141,7 @@ async def told(service: Service, events: AsyncIterator[bytes], openai: bool = Fa
             log.exception("a stream: %s", error)
             refusal = internal()
         service.metrics.failures.labels(err=refusal.kind).inc()
+        record.error = refusal.kind
         yield event(refusal.openai if openai else refusal.body)
     if openai:
         yield DONE

@@ -369,9 +369,9 @@ def test_the_cache_is_as_large_as_it_may_be(vlm):
 
     assert engine(10 * slot).state().cache_bytes == 4 * slot
     assert engine(3 * slot - 1).max_batch == 2 and engine(3 * slot - 1).state().cache_bytes == 2 * slot
-    with pytest.raises(InputError, match=f"cache_bytes: found {slot - 1}, expected at least {slot}"):
+    with pytest.raises(InputError, match=f"--cache-bytes: found {slot - 1}, expected at least {slot}"):
         engine(slot - 1)
-    with pytest.raises(InputError, match="prefill_chunk: found 0"):
+    with pytest.raises(InputError, match="--prefill-chunk: found 0"):
         engine(slot, prefill_chunk=0)
     assert engine(2**30, max_total_tokens=10**6).max_total_tokens == vlm.context
 

@@ -192,6 +192,16 @@ def test_parse_with_a_pydantic_model(client):
     assert isinstance(answer.choices[0].message.parsed, Thing)
 
 
+@pytest.mark.parametrize("path, asked", [
+    ("/v1/chat/completions", {"messages": ask("Hi")}), ("/v1/completions", {"prompt": "Hi"})
+])  # fmt: skip
+def test_a_negative_temperature(server, path, asked):
+    """Not "strictly positive", as on TGI's routes: here 0 is greedy."""
+    answer = server.post(path, asked | {"temperature": -1.0})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"].endswith("`temperature` must be 0, which is greedy, or positive")
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 @pytest.mark.parametrize("temperature", [0, 5.0])
 def test_tools(client, choice, temperature):

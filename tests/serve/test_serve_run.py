@@ -1,7 +1,9 @@
 """`minivlm serve` as a process: how it starts, what it logs, how it is stopped."""
 
 import json
+import os
 import signal
+import socket
 import threading
 import time
 
@@ -9,6 +11,7 @@ import httpx
 import pytest
 
 from minivlm.cli import main
+from minivlm.serve.run import Serving
 
 ENDLESS = {"temperature": 1e6, "seed": 2}  # draws a thousand ids behind "a" before it draws the end
 KEY = {"Authorization": "Bearer secret-1"}
@@ -39,10 +42,35 @@ def test_answers_that_take_too_long_are_ended(start):
         began = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         told = [line for line in lines if line]
-    assert json.loads(told[-1][5:]) == {"error": "unhealthy", "error_type": "healthcheck"}
+    assert json.loads(told[-1][5:]) == {"error": "the server is shutting down", "error_type": "shutdown"}
     assert server.stop(0) == 130
     assert time.monotonic() - began < 10
     assert not any("Traceback" in line for line in server.lines)
+    assert "status=200" in server.lines[-2] and server.lines[-2].endswith(" ended=early error=shutdown")
+
+
+def test_ctrl_c_again_ends_all_answers_at_once(start):
+    """The model's thread is waited for: a process that ends while it is inside torch aborts."""
+    server, told = start("--shutdown-seconds", "60"), []
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 2000, "temperature": 20.0}}
+
+    def read() -> None:
+        told.append(server.events("/generate_stream", body)[-1])
+
+    readers = [threading.Thread(target=read) for _ in range(12)]
+    for reader in readers:
+        reader.start()
+    server.until(lambda: server.metric("tgi_batch_current_size") >= 8)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.25)
+    assert server.stop(signal.SIGINT) == 130
+    assert time.monotonic() - began < 10
+    for reader in readers:
+        reader.join(10)
+    assert {"error": "the server is shutting down", "error_type": "shutdown"} in told
+    assert server.lines[-1].endswith(" stopped")
+    assert not any("Traceback" in line or "terminate" in line or "Error" in line for line in server.lines)
 
 
 def test_json_logs(strict):
@@ -62,7 +90,14 @@ def test_json_logs(strict):
     (["--max-total-tokens", "99999"], "--max-total-tokens: found 99999, expected at most the model's context of 2048"),
     (["--max-input-tokens", "2048"], "--max-input-tokens: found 2048, expected less than"),
     (["--max-image-pixels", "999999999"], "--max-image-pixels: found 999999999, expected at most"),
-    (["--cache-bytes", "10"], "cache_bytes: found 10, expected at least"),
+    (["--cache-bytes", "10"], "--cache-bytes: found 10, expected at least"),
+    (["--max-batch", "0"], "--max-batch: found 0, expected at least 1"),
+    (["--shutdown-seconds", "-1"], "--shutdown-seconds: found -1.0, expected at least 0"),
+    (["--shutdown-seconds", "nan"], "--shutdown-seconds: found nan, expected at least 0"),
+    (["--api-key", ""], "--api-key: expected printable ASCII characters, at least one"),
+    (["--api-key-file", os.devnull], f"--api-key-file: {os.devnull}: expected printable ASCII characters, at least"),
+    (["--api-key-file", "/nowhere"], "No such file"),
+    (["--api-key", "a", "--api-key-file", "/nowhere"], "--api-key, --api-key-file: found both, expected one"),
     (["--api-key", "a b\n"], "--api-key: expected printable ASCII"),
     (["--port", "99999"], "--port: found 99999, expected 0 to 65535"),
     (["--host", "203.0.113.1"], "assign requested address"),
@@ -72,9 +107,37 @@ def test_bad_options(options, told, capsys):
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_port_that_is_taken(server, capsys):
-    assert main(["serve", "--port", str(server.port)]) == 2
-    assert "ddress already in use" in capsys.readouterr().err
+@pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.1", "a..b"])
+def test_an_address_is_taken_before_the_model_is_loaded(server, host, capsys):
+    """Whether it can be: there is no model, and the address is what is told."""
+    assert main(["serve", "--host", host, "--port", str(server.port), "--model", "/nowhere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"minivlm: --host {host} --port {server.port}: ")
+    assert ("ddress already in use" in line) == (host == "127.0.0.1")
+
+
+def test_nobody_connects_before_the_model_is_loaded():
+    """A connection that waited there would look like a server that hangs."""
+    serving = Serving("m", port=0)
+    with serving.bind() as bound, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname(), timeout=5)
+
+
+def test_a_key_from_a_file(start, tmp_path):
+    """Not on the command line, which other users of the machine see."""
+    (tmp_path / "key").write_text("secret-1\n")
+    server = start("--api-key-file", str(tmp_path / "key"))
+    assert server.post("/tokenize", {"inputs": "a"}).status_code == 401
+    assert server.post("/tokenize", {"inputs": "a"}, headers=KEY).is_success
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping"])
+def test_load_balancers_ask_with_head(server, path):
+    answer = server.client.head(path)
+    assert answer.status_code == 200 and answer.content == b""
+    assert server.client.head(path, headers={"Accept": "text/html"}).status_code == 200
+    assert server.client.get(path).status_code == 200  # on the same connection
 
 
 def test_it_listens_on_this_machine_alone(server):
