@@ -34,7 +34,7 @@ BYTES = [bytes([byte]) for byte in (*ENDINGS, *(byte for byte in UTF8 if byte no
 # No blanks but these, as json.dumps writes: a model that likes blanks would fill its answer with them.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # No \uXXXX: with it a key could be spelled in two ways, and so repeat one that was declared otherwise.
-STYLE |= {"json_allowed_escapes": 'nrbtf\\"', "json_allow_general_unicode_escapes": False}
+STYLE |= {"json_allowed_escapes": 'nrbtf\\"'}
 LITERAL = ("const", "enum", "default", "examples", "required", "x-guidance")  # keywords whose values hold no schemas
 NAMING = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")  # schemas by names
 OPEN = {"anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties"}  # keywords that may add properties
