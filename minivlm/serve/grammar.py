@@ -7,8 +7,10 @@ max_new_tokens, whatever the weights.
 """
 
 import json
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -17,8 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonschema import Draft202012Validator, FormatChecker
-from jsonschema.exceptions import SchemaError
+from jsonschema import Draft202012Validator, FormatChecker, SchemaError
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
@@ -26,12 +27,23 @@ from minivlm.errors import InputError
 from minivlm.processor.tokens import Tokenizer
 from minivlm.row import Vocabulary
 
-# Bytes in the order in which they are likely to lead to an end.
-ENDINGS = b'\n}],:")@./ ' + b"0123456789" + b"-_aAeEoOtTnNsSrRiIlLdDuUcCmMpPfFgGhHbByYwWkKvVxXjJqQzZ"
+# Bytes in the order in which they are likely to lead to an end. 0 is last of the digits: Python knows no year 0000.
+ENDINGS = b'\n}],:")@./ ' + b"1234567890" + b"-_aAeEoOtTnNsSrRiIlLdDuUcCmMpPfFgGhHbByYwWkKvVxXjJqQzZ"
 UTF8 = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # bytes that texts have
 BYTES = [bytes([byte]) for byte in (*ENDINGS, *(byte for byte in UTF8 if byte not in ENDINGS))]
 # No blanks but these, as json.dumps writes: a model that likes blanks would fill its answer with them.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# No \uXXXX: with it a key could be spelled in two ways, and so repeat one that was declared otherwise.
+STYLE |= {"json_allowed_escapes": 'nrbtf\\"'}
+LITERAL = ("const", "enum", "default", "examples", "required", "x-guidance")  # keywords whose values hold no schemas
+NAMING = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")  # schemas by names
+OPEN = {"anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties"}  # keywords that may add properties
+CHOICES = 40  # in a row: a number, a date or a UUID ends within them, a way with more is likely to go in circles
+STATES = 400  # tried for a value, or a small schema as a whole: about 0.1 s; ten times as many where one way goes on
+LETTERS = 2000  # states tried for a regex by its letters: the shortest texts are found, in about half a second
+NEXT = 100  # states tried behind a sampled id: other answers wait meanwhile
+LONGEST = 30_000  # bytes of a first path: hundreds of properties; longer answers than any model's context
+CUTTING = 3_000_000  # bytes given to the matcher to shorten a path: about a second
 
 
 def compile_grammar(
@@ -54,7 +66,8 @@ def compile_grammar(
     matcher = LLMatcher(words.backend, source, log_level=0)
     path = _first_path(matcher, words, value.encode() if kind == "regex" else None)
     if matcher.is_error():
-        raise InputError(f"grammar: no answer matches it ({_line(matcher.get_error())})")
+        error = matcher.get_error()  # NoExtensionBias, which says nothing to others, is a start that nothing may follow
+        raise InputError("grammar: no answer matches it" + (f" ({_line(error)})" * ("NoExtensionBias" not in error)))
     if path is None:
         raise InputError("grammar: no valid answer was found, expected a simpler one")
     return Grammar(words, matcher, path)
@@ -76,46 +89,50 @@ def _schema(value: dict | str) -> dict:
         raise InputError(f"grammar: the schema is {type(value).__name__}, expected an object")
     try:
         Draft202012Validator.check_schema(value, format_checker=FormatChecker(formats=()))  # patterns are Rust's
-        # An object without a word on further properties has none: any other key would be valid, and never meant. Where
-        # schemas are added up by allOf, closing each would exclude the others' properties.
-        return _closed(value, close="allOf" not in json.dumps(value))
+        return _closed(value)
     except SchemaError as error:
         raise InputError(f"grammar: schema at {error.json_path}: {_line(error.message)}") from None
     except RecursionError:
         raise InputError("grammar: the schema is nested too deeply") from None
 
 
-def _closed(value: Any, close: bool, names: bool = False) -> Any:
+def _schemas(value: Any, names: bool = False) -> Iterator[dict]:
+    """A schema and all in it. names: whether the keys of this object are properties' names, not keywords."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _schemas(item)
+    elif isinstance(value, dict):
+        if not names:
+            yield value
+        for key, item in value.items():
+            if names or key not in LITERAL:
+                yield from _schemas(item, not names and key in NAMING)
+
+
+def _closed(value: dict) -> dict:
     """A schema with what its writers take for granted: where properties are named, an object is meant, of those only.
 
-    names: whether the keys of this object are properties' names, not keywords.
+    Any other key would be valid, and never meant. Where schemas are added up by allOf, closing each would exclude the
+    others' properties; where one without a name is required, others are meant.
     """
-    if isinstance(value, list):
-        return [_closed(item, close) for item in value]
-    if not isinstance(value, dict):
-        return value
-    out = {}
-    for key, item in value.items():
-        literal = not names and key in ("const", "enum", "default", "examples", "required", "x-guidance")
-        inside = not names and key in ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
-        out[key] = item if literal else _closed(item, close, inside)
-    if not names and value.get("minProperties", 0) > len(value.get("required", ())):
-        least = value["minProperties"]
-        raise InputError(f"grammar: minProperties = {least}, expected no more than the required ones: keys may repeat")
-    if not names and "properties" in value:
-        if not value.keys() & {"type", "anyOf", "oneOf", "$ref"}:
-            out["type"] = "object"
-        if close and not value.keys() & {"anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties"}:
-            out.setdefault("additionalProperties", False)
-    return out
+    value = deepcopy(value)
+    close = not any("allOf" in schema for schema in _schemas(value))
+    for schema in _schemas(value):
+        required, named = schema.get("required", ()), schema.get("properties")
+        if (least := schema.get("minProperties", 0)) > len(required):
+            raise InputError(f"grammar: minProperties = {least}, expected no more than the required: keys may repeat")
+        if (step := schema.get("multipleOf", 1)) != int(step):
+            raise InputError(f"grammar: multipleOf = {step}, expected a whole number: floats have no exact multiples")
+        if named is not None and not schema.keys() & {"type", "anyOf", "oneOf", "$ref"}:
+            schema["type"] = "object"
+        if close and named is not None and named.keys() >= set(required) and not schema.keys() & OPEN:
+            schema.setdefault("additionalProperties", False)
+    return value
 
 
 @dataclass(frozen=True)
 class Words:
-    """The vocabulary as bytes.
-
-    ids: of those that may be generated, one for each text; special tokens are no text. longest: of the texts.
-    """
+    """The vocabulary as bytes. ids: of what may be generated, one for each text. longest: of the texts."""
 
     backend: LLTokenizer
     eos_ids: frozenset[int]
@@ -224,8 +241,8 @@ class GrammarGuide:
         # What was said in place of the path's own words; what was said before them; or something to be closed first.
         known = dict.fromkeys((self._path[len(text) :], self._path[same:], self._path))
         search = Search(self._words, tuple(known))
-        path = search.best_first(self._matcher, 100, 40)
-        return search.rotating(self._matcher, 200) if path is None else path
+        path = search.best_first(self._matcher, NEXT)
+        return search.by_stages(self._matcher, NEXT, 20 * NEXT) if path is None else path
 
     def _force(self) -> None:
         ids = self._words.spell(self._path)
@@ -248,67 +265,101 @@ class Search:
 
     No state is a dead end, so whoever keeps taking what is likely to end arrives, unless it goes in circles.
     `best_first` departs from the likeliest way where that costs least; `rotating` takes another option whenever it
-    comes to options that it saw before. Where a path that was known before is valid again, either is over.
+    comes to options that it saw before; `by_stages` goes on from value to value by them. Where a path that was known
+    before is valid again, each is over. `shortest_first` is for regexes, whose end may look like their middle.
     """
 
     def __init__(self, words: Words, known: Sequence[bytes] = ()):
         self.words, eos = words, min(words.eos_ids)
         self.known = [(tail, [*words.one_by_one(tail), eos]) for tail in known]
 
-    def best_first(self, matcher: LLMatcher, states: int, depth: int, letters: bytes | None = None) -> bytes | None:
-        """letters: only these are tried where there is a choice, the shortest texts first."""
+    def best_first(self, matcher: LLMatcher, states: int, stage: bool = False) -> bytes | None:
+        """stage: only as far as bytes that must come."""
         order = count()
         heap = [(0, 0, next(order), matcher, b"", b"")]
         while heap and states > 0:
-            cost, steps, _, state, text, more = heappop(heap)
+            cost, choices, _, state, text, more = heappop(heap)
             while states > 0 and (state := self.after(state, more)) is not None:
                 states, text = states - 1, text + more
                 if (tail := self.tail(state)) is not None:
                     return text + tail
                 options = self.options(state)
-                if letters is not None and len(options) > 1:
-                    options = [option for option in options if option in letters]
-                if steps == depth or not options:
+                if stage and len(options) == 1:
+                    return text + options[0]
+                if choices == CHOICES or not options:
                     break
-                steps += 1
+                choices += 1
                 for rank, option in enumerate(options[1:], start=1):
-                    key = cost + rank if letters is None else len(text) + 1
-                    heappush(heap, (key, steps, next(order), state, text, option))
+                    heappush(heap, (cost + rank, choices, next(order), state, text, option))
                 more = options[0]
-                if letters is not None:
-                    heappush(heap, (len(text) + 1, steps, next(order), state, text, more))
-                    break
         return None
 
-    def rotating(self, matcher: LLMatcher, states: int) -> bytes | None:
-        """One way on and on."""
+    def shortest_first(self, matcher: LLMatcher, letters: bytes) -> bytes | None:
+        """letters: only these are tried where there is a choice."""
+        order = count()
+        heap = [(0, next(order), matcher, b"", b"")]
+        states = LETTERS
+        while heap and (states := states - 1):
+            _, _, before, text, more = heappop(heap)
+            if (state := self.after(before, more)) is not None and state.is_accepting():
+                return text + more
+            text, options = text + more, self.options(state) if state else []
+            for option in options if len(options) == 1 else [option for option in options if option in letters]:
+                heappush(heap, (len(text) + len(option), next(order), state, text, option))
+        return None
+
+    def rotating(self, matcher: LLMatcher, states: int, stage: bool = False) -> bytes | None:
+        """One way on and on. stage: only as far as bytes that must come."""
         state, text, visits = matcher.deep_copy(), b"", Counter()
         for _ in range(states):
             if (tail := self.tail(state)) is not None:
                 return text + tail
-            options = self.options(state)
-            place = b"".join(options)
-            if not options:
+            if not (options := self.options(state)):
                 return None
+            place = b"".join(options)
             more = options[visits[place] % len(options)]
             visits[place] += 1
             text += more
+            if stage and len(options) == 1:
+                return text
             if state.try_consume_tokens(self.words.one_by_one(more)) < len(more):
                 return None
         return None
 
+    def by_stages(self, matcher: LLMatcher, states: int, longest: int) -> bytes | None:
+        """From bytes that must come to the next such, for good: what is sought is never more than a value's end."""
+        state, text = matcher, b""
+        while state is not None and len(text) < longest:
+            if (tail := self.tail(state)) is not None:
+                return text + tail
+            more = self.best_first(state, states, stage=True) or self.rotating(state, 10 * states, stage=True)
+            if more is None:
+                return None
+            state, text = self.after(state, more), text + more
+        return None
+
     def shortened(self, matcher: LLMatcher, path: bytes) -> bytes:
-        """A path without what it can do without."""
-        eos = min(self.words.eos_ids)
-        for size in (32, 16, 8, 4, 2, 1):
-            at = 0
-            while at < len(path):
-                less = path[:at] + path[at + size :]
-                ids = [*self.words.one_by_one(less), eos]
-                if matcher.validate_tokens(ids) == len(ids):
-                    path = less
-                else:
-                    at += 1
+        """A path without what it can do without: from front to end, the most elements first, then the most bytes."""
+        state, eos, work, at = matcher.deep_copy(), min(self.words.eos_ids), CUTTING, 0
+        ids = [*self.words.one_by_one(path), eos]
+        marks = [
+            i for i in range(1, len(path)) if path[i] in b",}]" or path[i - 1] in b"{[" or path[i - 2 : i] == b", "
+        ]
+        while at < len(path) and work > 0:
+            near = bisect_left(marks, at)
+            hops = (512, 256, 128, 64, 32, 16, *range(8, 0, -1)) if marks[near : near + 1] == [at] else ()
+            ends = [marks[near + hop] for hop in hops if near + hop < len(marks)]
+            for end in (*ends, *(at + size for size in (32, 16, 8, 4, 2, 1) if at + size <= len(path))):
+                work -= 8
+                if state.validate_tokens(ids[end : end + 8]) == len(ids[end : end + 8]):
+                    work -= len(ids) - end
+                    if state.validate_tokens(ids[end:]) == len(ids) - end:
+                        path, ids = path[:at] + path[end:], ids[:at] + ids[end:]
+                        marks = [*marks[:near], *(i - end + at for i in marks[near:] if i >= end)]
+                        break
+            else:
+                state.consume_token(ids[at])
+                at += 1
         return path
 
     def tail(self, state: LLMatcher) -> bytes | None:
@@ -333,17 +384,16 @@ class Search:
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         found = [byte for byte in BYTES if bits[self.words.ids[byte]]]
         if b'"' in found and not {b",", b" ", b"a"}.isdisjoint(found):  # inside a string
-            found.remove(b'"')
-            found.insert(0, b'"')
+            found.sort(key=lambda byte: byte != b'"')
         return found
 
 
 def _first_path(matcher: LLMatcher, words: Words, letters: bytes | None) -> bytes | None:
-    """A path from the beginning. letters: of a regex, whose end may look like its middle."""
+    """A path from the beginning. letters: of a regex."""
     search = Search(words)
-    path = search.best_first(matcher, 400, 40)
+    path = search.best_first(matcher, STATES)
     if path is None and letters is not None:
-        path = search.best_first(matcher, 2000, 12, letters)
-    if path is None and (path := search.rotating(matcher, 4000)) is not None and len(path) < 1000:
-        path = search.shortened(matcher, path)
-    return path
+        path = search.shortest_first(matcher, letters)
+    if path is None:
+        path = search.by_stages(matcher, STATES, LONGEST)
+    return None if path is None else search.shortened(matcher, path)
