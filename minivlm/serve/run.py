@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -94,6 +95,9 @@ class Serving:
 
 def serve(pipeline: Pipeline, serving: Serving, limits: Limits, key: str | None, bound: socket.socket) -> int:
     """Serve until a signal comes; returns the exit status: 0 after SIGTERM, 130 after Ctrl-C."""
+    # A core is left to the event loop and the workers: OpenMP's threads wait for one another, and a step whose last
+    # thread waits for a core takes several times as long.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     limits, log, metrics = limits.of_context(pipeline.context), Log(serving.json_logs), Metrics()
     engine = Engine(
         pipeline,
