@@ -48,7 +48,7 @@ WITHOUT_GRADIENTS = ("generate.py", "batch.py", "train/", "evaluate/", "bench/",
 CATCHES_EXCEPTION = {("processor/tokens.py", "from_folder"), ("serve/limits.py", "strict")}
 # The model's thread hands every error to the answers that it concerns, which raise it in the client's task.
 # The status of a stream is sent before it breaks: an event tells the client, the log has the trace.
-HANDS_EXCEPTION_ON = {("serve/engine.py", "_tried"), ("serve/wire.py", "told")}
+HANDS_EXCEPTION_ON = {("serve/faults.py", "tried"), ("serve/wire.py", "told")}
 COMPARES_WITH_TRANSFORMERS = ("parity.py", "bench/")
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
-from minivlm.ops import cpu, cpu_decoding, cpu_shapes
+from minivlm.ops import cpu, cpu_attention, cpu_decoding
 from minivlm.ops.attention import attend_rows, eager, fused, sight
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rope import rope_table, rotate
@@ -171,7 +171,8 @@ CPU = replace(
     name="cpu",
     norm_linear=cpu.norm_linear,
     decoder_end=decoder_end_by(cpu.gated_mlp),
-    attention=attention_by(cpu_shapes.attend),
+    sight=cpu_attention.sight,
+    attention=cpu_attention.attention,
     decoding=cpu_decoding.decoding,
     rope=cpu.rope,
     prepare=cpu.prepare,

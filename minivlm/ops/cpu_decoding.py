@@ -5,8 +5,7 @@ through the blocks. Here are the same equations over the same weights of the sam
 step is looked up once: which product, the rows' parts of the cache, the angles. No module is called, so no forward hook
 either.
 
-One row is a vector [D], several are [B, D]: everything but attention is then computed of all rows at once, and so is
-attention unless that would read too many keys that no row sees, see `CALL`.
+One row is a vector [D], several are [B, D].
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
 from minivlm.ops import cpu
+from minivlm.ops.cpu_attention import SingleQueries
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
-# Attention of rows together reads every slot from the first row's to the last one's, as far as the longest row's keys;
-# one by one it takes a call for each row, the time in which so many bytes of the cache are read: measured with 8 and 32
-# rows of the shipped checkpoint in bfloat16 and float32. Equally long rows of 300 keys take two thirds of the time.
-CALL = 80_000
-
 Rowwise = Callable[[Tensor], Tensor]  # of one row or several: [.., K] to [.., N]
-Attend = Callable[[int, Tensor], Tensor]
 
 
 def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
@@ -65,17 +59,14 @@ class Step:
 
     def __init__(self, decoder: nn.Module, cache: KVCache):
         config, self.cache, self.capacity = decoder.config, (cache.keys, cache.values), cache.capacity
-        self.window, self.channels, self.half = config.sliding_window, config.head_dim, config.head_dim // 2
+        self.channels, self.half = config.head_dim, config.head_dim // 2
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.turned = (heads + kv_heads, kv_heads)  # heads of q and k, which turn, and of v
         self.heads, self.inner = (heads, kv_heads), (config.intermediate_size, config.intermediate_size)
-        self.grouped = (kv_heads, heads // kv_heads, config.head_dim)
-        self.key_bytes = 2 * kv_heads * config.head_dim * cache.keys.itemsize  # with its value
         self.cos, self.sin = _angles(
             cpu.table_size(cache.capacity), config.head_dim, config.rope_theta, cache.keys.dtype
         )
-        self.single = single_attention(cache.keys.dtype)
-        self.masks = _masks(self.capacity, self.window or self.capacity, cache.keys.dtype)
+        self.single_queries = SingleQueries(cache, heads, config.sliding_window)
         self.embeddings, self.norm = decoder.embed_tokens.weight.detach(), _norm(decoder.norm)
         self.layers = [
             Layer(
@@ -95,15 +86,7 @@ class Step:
         """The hidden states [B, D] of B rows' tokens, each at a position of a slot."""
         if max(positions) >= self.capacity:
             raise ValueError(f"position {max(positions)} does not fit in a cache of {self.capacity} positions")
-        if not self._alike(slots, positions):
-            return self._hidden(ids, slots, positions, self._one_by_one(slots, positions))
-        hidden = self._hidden(ids, slots, positions, self._together(slots, positions))
-        if hidden.isfinite().all():
-            return hidden
-        # What is masked was not a number, where a broken row was before; or a row is broken now.
-        return self._hidden(ids, slots, positions, self._one_by_one(slots, positions))
-
-    def _hidden(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int], attend: Attend) -> Tensor:
+        attend = self.single_queries.of(slots, positions)
         if len(ids) == 1:
             ids, slots, positions = ids[0], slots[0], positions[0]
         else:
@@ -121,61 +104,6 @@ class Step:
             gate, up = layer.gate_up(layer.post_attention_norm(x)).split_with_sizes(self.inner, -1)
             x = x + layer.down(silu(gate).mul_(up))
         return self.norm(x).view(-1, x.shape[-1])
-
-    # ---- attention: functions (number of the layer, q [.., H, C]) -> [B, K, H/K, C]
-
-    def _alike(self, slots: Sequence[int], positions: Sequence[int]) -> bool:
-        """Whether several rows attend together."""
-        if len(slots) == 1:
-            return False
-        first = [self._first(position) for position in positions]
-        read = (max(slots) - min(slots) + 1) * (max(positions) + 1 - min(first))
-        seen = sum(positions) + len(slots) - sum(first)
-        return (read - seen) * self.key_bytes <= len(slots) * CALL
-
-    def _first(self, position: int) -> int:
-        """The first position that one sees."""
-        return 0 if self.window is None else max(0, position + 1 - self.window)
-
-    def _one_by_one(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
-        """Each row over its own keys."""
-        seen = []
-        for slot, position in zip(slots, positions, strict=True):
-            lo = self._first(position)
-            kept = (x.select(1, slot).narrow(2, lo, position + 1 - lo).unsqueeze(1) for x in self.cache)
-            seen.append(list(zip(*(x.unbind() for x in kept), strict=True)))  # keys, values [1, K, t, C] of each layer
-        shape = (-1, 1, *self.grouped)
-
-        def attend(layer: int, q: Tensor) -> Tensor:
-            rows = zip(q.reshape(shape), seen, strict=True)
-            heads = [self.single(query, *kept[layer]) for query, kept in rows]
-            return heads[0] if len(heads) == 1 else torch.cat(heads)
-
-        return attend
-
-    def _together(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
-        """All rows over the keys of all slots from the first to the last, as many as the longest row has. What a row
-        does not see is masked: it must be finite, and unwritten positions of a cache are 0."""
-        base, lo, end = min(slots), min(map(self._first, positions)), max(positions) + 1
-        places = [slot - base for slot in slots]
-        row_of = [0] * (max(places) + 1)  # a slot in between without a row computes row 0, for nobody
-        for row, place in enumerate(places):
-            row_of[place] = row
-        mask = self.masks.narrow(1, lo, end - lo).index_select(
-            0, torch.tensor([self.capacity - 1 - positions[row] for row in row_of], device="cpu")
-        )[:, None, None]  # [slots, 1, 1, t]
-        kept = (x[:, base : base + len(row_of), :, lo:end].unbind() for x in self.cache)
-        seen = list(zip(*kept, strict=True))  # keys, values [slots, K, t, C] of each layer
-        if slots == tuple(range(base, base + len(slots))):  # as most often
-            return lambda layer, q: self.single(q.reshape(-1, *self.grouped), *seen[layer], mask)
-
-        row_of, places = torch.tensor(row_of, device="cpu"), torch.tensor(places, device="cpu")
-
-        def attend(layer: int, q: Tensor) -> Tensor:
-            queries = q.index_select(0, row_of).view(-1, *self.grouped)
-            return self.single(queries, *seen[layer], mask).index_select(0, places)
-
-        return attend
 
 
 def _product(layer: cpu.GroupedLinear) -> Rowwise:
@@ -205,37 +133,3 @@ def _angles(size: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple
     cos, sin = rope_table(torch.arange(size, device="cpu"), head_dim, theta, dtype)
     first, second = sin.chunk(2, dim=-1)
     return cos, torch.cat((-first, second), dim=-1)
-
-
-def _masks(size: int, window: int, dtype: torch.dtype) -> Tensor:
-    """[size, size], in row size - 1 - p what is added to the scores of a query at p: 0 for the `window` keys up to p,
-    else -inf. All rows are a view of one: of size 3 and window 2 of (-inf, 0, 0, -inf, -inf)."""
-    row = torch.full((2 * size - 1,), -torch.inf, dtype=dtype, device="cpu")
-    row[max(0, size - window) : size] = 0
-    return row.unfold(0, size, 1)
-
-
-# ---- a single query's attention: q [b, K, H/K, C], keys and values [b, K, t, C], what is added to scores -> like q
-
-
-def single_attention(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Its fastest form."""
-    if cpu.packs() and dtype != torch.float32:
-        return _by_products
-    return _by_gqa if dtype == torch.bfloat16 else scaled_dot_product_attention
-
-
-def _by_gqa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A head a query row. In bfloat16 with AMX, at 300 keys, groups of two take 13 us instead of 20, groups of four as
-    long; in float32 and float16 each key would be read for each head."""
-    heads = q.view(len(q), -1, 1, q.shape[3])  # [b, H, 1, C]
-    return scaled_dot_product_attention(heads, k, v, mask, enable_gqa=True).reshape(q.shape)
-
-
-def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same by two products. With AMX oneDNN first copies all keys into tiles and this is 5 times slower than SDPA;
-    without, at 3,000 keys in bfloat16, it is 3 times faster (AMD Zen 5: 0.37 and 1.17 ms a layer)."""
-    scores = torch.matmul(q, k.transpose(2, 3)).float() * q.shape[-1] ** -0.5  # [b, K, H/K, t]
-    if mask is not None:
-        scores += mask
-    return torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)

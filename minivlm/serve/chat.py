@@ -12,6 +12,7 @@ from minivlm.serve import tools as calls
 from minivlm.serve.errors import Refused
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import (
+    REASONS,
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -46,7 +47,6 @@ from minivlm.serve.wire import (
 )
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}  # roles that these models' templates lack
-REASONS = {"stop": "stop", "stop_string": "stop", "length": "length"}
 CHUNKS = events_of("ChatChunk")
 
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])

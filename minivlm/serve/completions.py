@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import (
+    REASONS,
     Completion,
     CompletionChoice,
     CompletionChunk,
@@ -30,7 +31,6 @@ from minivlm.serve.wire import (
     usage,
 )
 
-REASONS = {"stop": "stop", "stop_string": "stop", "length": "length"}
 CHUNKS = events_of("CompletionChunk")
 # @huggingface/inference puts `/v1/completions` behind whatever address it was given.
 PATHS = ("/v1/completions", "/generate_stream/v1/completions", "/generate/v1/completions")

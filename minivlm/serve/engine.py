@@ -1,7 +1,7 @@
 """The engine: one thread that owns the model. Jobs come in from an event loop, tokens go back to it.
 
 Between any two steps of the batch, rows that were given up leave, jobs in line take the free slots, and a few tiles of
-new pictures are encoded. It knows nothing of HTTP.
+new pictures are encoded; or a second thread encodes them meanwhile. It knows nothing of HTTP.
 
 The names, as a request meets them: a `Job` is what is asked for; `Work` is a job that was accepted, with what the
 engine still lacks of it; its `Answer` carries the tokens to the event loop; its `Row` holds the ids and how they are
@@ -9,30 +9,28 @@ chosen; a `Slot` keeps the keys and values of one row, and of the prefix after i
 """
 
 import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlm.answer import Token
-from minivlm.batch import FAULTS, Batch, Member
+from minivlm.batch import Batch, Member
 from minivlm.errors import InputError
 from minivlm.pipeline import Pipeline
 from minivlm.row import Row
-from minivlm.serve.jobs import Answer, Closed, EngineState, Failed, Job, Overloaded, Pace, Step
-from minivlm.serve.pictures import Pictures
+from minivlm.serve.faults import Failed, final, log, tried
+from minivlm.serve.jobs import Answer, Closed, EngineState, Job, Overloaded, Pace, Step
+from minivlm.serve.pictures import Encoded, Pictures
 from minivlm.serve.slots import Pictured, Slots
 
 __all__ = ["Answer", "Closed", "Engine", "EngineState", "Failed", "Job", "Overloaded", "Step"]
 
 TILES_AT_REST = 8  # encoded at once while no row waits for its next token: more than one picture has
-
-log = logging.getLogger("minivlm.serve")
+TILES_APART = 16  # by a thread of its own: a tile of 16 takes three quarters of the time of a tile of 4
 
 
 class Work:
@@ -63,6 +61,7 @@ class Engine:
         cache_bytes: int,
         picture_bytes: int,
         prefill_chunk: int,
+        apart: bool = False,
         observe: Callable[[Step], None] | None = None,
     ):
         """
@@ -71,6 +70,7 @@ class Engine:
         max_total_tokens  prompt and answer of a job; at most the model's context
         picture_bytes     encoded pictures to keep
         prefill_chunk     prompt positions that a step computes, and patches of pictures between two steps
+        apart             pictures are encoded by a thread of their own, beside the steps
         observe           told of every step, in the model's thread
         """
         limits = {"max_batch": max_batch, "max_total_tokens": max_total_tokens, "prefill_chunk": prefill_chunk}
@@ -98,8 +98,12 @@ class Engine:
         self._queue: deque[Work] = deque()
         self._works: dict[int, Work] = {}  # by slot; only the model's thread changes it
         self._gone: list[Answer] = []
+        self._encoded: list[Encoded] = []
         self._closing = self._hurry = False
         self._thread: threading.Thread | None = None
+        self._encoder: threading.Thread | None = None
+        if apart:
+            self._encoder = threading.Thread(target=self._run_encoder, name="minivlm-encoder", daemon=True)
 
     # ---- the event loop's side
 
@@ -109,6 +113,8 @@ class Engine:
         self._ended = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, name="minivlm-engine", daemon=True)
         self._thread.start()
+        if self._encoder is not None:
+            self._encoder.start()
 
     def submit(self, job: Job) -> Answer:
         """Put a job in line; from any thread, at once.
@@ -197,12 +203,16 @@ class Engine:
         try:
             while (admitted := self._wait()) is not None:
                 for work in admitted:
-                    self._guarded([work], self._admit, work)
-                if self.pictures.busy:
-                    self._encode()
+                    self._guarded(work, self._admit, work)
+                if self._encoder is None and self.pictures.busy:
+                    self._encode(self.tiles if self.batch.members else max(self.tiles, TILES_AT_REST))
+                self._take_encoded()
                 if self.batch.members:
                     self._step()
         finally:
+            self.pictures.close()
+            if self._encoder is not None:
+                self._encoder.join()
             with self._changed:
                 self._closing = True
                 left = [*self._works.values(), *self._queue]
@@ -215,8 +225,7 @@ class Engine:
     def _wait(self) -> list[Work] | None:
         """The jobs that may begin, once there is anything to do; None to end."""
         with self._changed:
-            while not (self._queue or self._works or self._gone or self._closing):
-                self._changed.wait()
+            self._changed.wait_for(self._has_work)
             gone, self._gone = self._gone, []
             for work in [work for work in (*self._queue, *self._works.values()) if work.answer in gone]:
                 if work.slot is None:
@@ -227,6 +236,13 @@ class Engine:
                 return None
             free = self.max_batch - len(self._works)
             return [self._queue.popleft() for _ in range(min(free, len(self._queue)))]
+
+    def _has_work(self) -> bool:
+        if self.batch.members or self._encoded or self._gone or self._hurry:
+            return True
+        if self._works:
+            return self._encoder is None or (self._queue and len(self._works) < self.max_batch)
+        return self._queue or self._closing
 
     def _admit(self, work: Work) -> None:
         """Give a job a slot, and send for its pictures."""
@@ -240,30 +256,40 @@ class Engine:
         for (picture, count), tiles, size in by_picture:
             if picture.start + count <= work.row.cached:
                 continue  # its keys are there
-            if (tokens := self.pictures.find(picture.key)) is not None:
+            if (tokens := self.pictures.want(picture.key, tiles, size, work)) is not None:
                 work.tokens[picture.key] = tokens
             else:
                 work.missing.add(picture.key)
-                self.pictures.want(picture.key, tiles, size, work)
         if not work.missing:
             self._join(work)
 
-    def _encode(self) -> None:
-        """A few tiles; jobs whose pictures are all there join the batch."""
-        done = _tried(self.pictures.encode, self.tiles if self.batch.members else max(self.tiles, TILES_AT_REST))
-        if isinstance(done, Exception):  # one picture's fault: the first in line alone will tell
-            users = self.pictures.first_users()
-            self._guarded(users, lambda: self._encoded(self.pictures.encode(self.tiles, pictures=1)))
-        else:
-            self._encoded(done)
+    def _run_encoder(self) -> None:
+        while self.pictures.wait():
+            self._encode(max(self.tiles, TILES_APART))
 
-    def _encoded(self, done: Sequence[tuple[bytes, Tensor, set[Work]]]) -> None:
-        for key, tokens, users in done:
-            for work in users:
-                work.tokens[key] = tokens
-                work.missing.discard(key)
-                if not work.missing:
-                    self._guarded([work], self._join, work)
+    def _encode(self, tiles: int) -> None:
+        """A few tiles; in the encoder's thread, if there is one."""
+        encoded = self.pictures.encode(tiles)
+        with self._changed:
+            self._encoded += encoded
+            self._changed.notify()
+
+    def _take_encoded(self) -> None:
+        """Jobs whose pictures are all there join the batch; one whose picture cannot be encoded fails."""
+        with self._changed:
+            encoded, self._encoded = self._encoded, []
+        for picture in encoded:
+            for work in picture.users:
+                if self._works.get(work.slot) is work:  # it may have left meanwhile
+                    self._guarded(work, self._look, work, picture)
+
+    def _look(self, work: Work, picture: Encoded) -> None:
+        if isinstance(picture.tokens, Exception):
+            raise picture.tokens
+        work.tokens[picture.key] = picture.tokens
+        work.missing.discard(picture.key)
+        if not work.missing:
+            self._join(work)
 
     @torch.inference_mode()
     def _join(self, work: Work) -> None:
@@ -281,7 +307,7 @@ class Engine:
     def _step(self) -> None:
         began, members = monotonic(), list(self.batch.members)
         before = sum(member.row.cached for member in members)
-        results = _tried(self.batch.step)
+        results = tried(self.batch.step)
         if isinstance(results, Exception):  # the fault of one row, or of the step: each alone will tell
             error, results = results, [result for member in members for result in self._alone(member)]
             if not any(isinstance(result, Exception) for _, result in results):
@@ -312,21 +338,19 @@ class Engine:
             self._observe(Step(seconds, positions - running, len(results), len(members)))
 
     def _alone(self, member: Member) -> Sequence[tuple[Member, Token | Exception]]:
-        results = _tried(self.batch.step, [member])
+        results = tried(self.batch.step, [member])
         if isinstance(results, Exception):
             self.batch.leave(member)
-            return [(member, _final(results))]
+            return [(member, final(results))]
         return results
 
-    def _guarded(self, works: Sequence[Work], action: Callable, *arguments: object) -> None:
-        """Do something for some jobs; if it fails, they fail, and no others."""
-        error = _tried(action, *arguments)
+    def _guarded(self, work: Work, action: Callable, *arguments: object) -> None:
+        """Do something for a job; if it fails, the job fails, and no other."""
+        error = tried(action, *arguments)
         if isinstance(error, Exception):
-            error = _final(error)
-            for work in works:
-                self._counts["failures"] += 1
-                self._leave(work, keep=False)
-                self._send([(work.answer, error)])
+            self._counts["failures"] += 1
+            self._leave(work, keep=False)
+            self._send([(work.answer, final(error))])
 
     def _leave(self, work: Work, keep: bool = True) -> None:
         """A job is over: its slot is free from now on."""
@@ -342,23 +366,6 @@ class Engine:
     def _send(self, items: Sequence[tuple[Answer, Token | Exception]]) -> None:
         """One wake-up of the event loop for all that a step gave."""
         self._loop.call_soon_threadsafe(_deliver, items)
-
-
-def _tried(action: Callable, *arguments: object) -> Any:
-    """What an action returns, or the exception that it raised, for the answers that it concerns: an error in the
-    model's thread must not end the thread, nor reach other answers."""
-    try:
-        return action(*arguments)
-    except Exception as error:
-        return error
-
-
-def _final(error: Exception) -> Exception:
-    """What the reader of an answer gets: the row's own fault, or, of a mistake of ours, that the log has its trace."""
-    if isinstance(error, FAULTS):
-        return error
-    log.error("the model's thread: %s", error, exc_info=error)
-    return Failed(str(error))
 
 
 def _deliver(items: Sequence[tuple[Answer, Token | Exception]]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from minivlm.errors import GenerationError, InputError, NumericError
-from minivlm.serve.jobs import Closed, Failed, Overloaded
+from minivlm.serve.faults import Failed
+from minivlm.serve.jobs import Closed, Overloaded
 
 # What the engine and the processor raise for one request; any other exception is our own mistake, not yet logged.
 TOLD = (InputError, NumericError, GenerationError, Overloaded, Closed, Failed)

@@ -28,10 +28,6 @@ class Closed(RuntimeError):
     """The engine shuts down and takes or continues no work."""
 
 
-class Failed(RuntimeError):
-    """A mistake of ours ended this answer; its trace is in the log already."""
-
-
 class Grammar(Protocol):
     """What an answer must match; see grammar.py."""
 

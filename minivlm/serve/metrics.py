@@ -15,8 +15,6 @@ TOKENS = tuple(2.0**n for n in range(17))
 EXTRA = ("cache_bytes", "kept_tokens", "prefix_hits", "prefix_tokens", "copied_tokens", "pictures", "picture_bytes",
          "picture_hits", "pictures_encoded", "prompt_tokens", "generated_tokens", "cancelled")  # fmt: skip
 ROWS = tuple(2.0**n for n in range(10))
-
-
 # TGI's counters are named without the `_total` that prometheus-client puts behind them.
 COUNTER = re.compile(rb"^((?:# (?:HELP|TYPE) )?tgi_\w+_(?:count|success|failure))_total\b", re.MULTILINE)
 

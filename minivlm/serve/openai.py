@@ -196,6 +196,7 @@ class CompletionRequest(OpenAIRequest):
 # ---- responses
 
 Reason = Literal["stop", "length", "tool_calls"]
+REASONS: dict[str, Reason] = {"stop": "stop", "stop_string": "stop", "length": "length"}  # by the engine's words
 
 
 class Usage(Schema):

@@ -6,14 +6,13 @@ import pytest
 import tiny
 import torch
 from test_cpu import CASES, DTYPES, form  # noqa: F401  a fixture: every form of the products
-from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import minivlm
 from minivlm.decoder.mistral import MistralDecoder
-from minivlm.ops import cpu_decoding
+from minivlm.ops import cpu_attention
 from minivlm.ops.backend import CPU
-from minivlm.ops.cpu_decoding import Step, _by_gqa, _by_products, decoding
+from minivlm.ops.cpu_decoding import decoding
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.sampler import Sampling
@@ -113,7 +112,7 @@ def last_ids(decoder: MistralDecoder, cache: KVCache, ids: list[list[int]], rows
 @pytest.mark.parametrize("name", CASES)
 def test_several_rows_equal_one_pass_of_each(name, call, tmp_path, monkeypatch):
     """In float32: rows of other lengths, slots in any order and with gaps, both forms of attention."""
-    monkeypatch.setattr(cpu_decoding, "CALL", call)
+    monkeypatch.setattr(cpu_attention, "CALL", call)
     kind, text, vision, config = CASES[name]
     decoder = decoder_of(tiny.make_tiny(tmp_path, kind, text=text, vision=vision, config=config), "float32")
     with torch.inference_mode():
@@ -144,15 +143,6 @@ def test_what_is_masked_may_be_no_number(tiny_of):
         (clean, ids), (spoilt, _) = prefilled(decoder), prefilled(decoder, garbage=torch.nan)
         expected, found = (last_ids(decoder, cache, ids, range(6)) for cache in (clean, spoilt))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_attend_together_where_they_are_alike(tiny_of):
-    """Not beside one that is much longer, nor far from one another."""
-    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
-    step = Step(decoder, decoder.new_cache(64, 4))
-    assert step._alike((3, 1, 2), (300, 280, 320)) and step._alike((0, 2), (100, 100))
-    assert not step._alike((0, 1, 2), (300, 9000, 320)) and not step._alike((0, 63), (3000, 3000))
-    assert not step._alike((3,), (300,))
 
 
 def test_a_position_beyond_the_cache_is_refused(tiny_of):
@@ -192,18 +182,3 @@ def test_a_step_calls_few_operators(tiny_of, form):  # noqa: F811
         chosen = calls(lambda: choose(logits, [Sampling()], [31], [[]]))
     assert hidden <= 20 + 44 * decoder.config.num_hidden_layers and chosen <= 14, (hidden, chosen)
     assert of_eight <= 50 + 45 * decoder.config.num_hidden_layers, of_eight
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("single", (scaled_dot_product_attention, _by_gqa, _by_products))
-def test_single_queries_equal_float64(single, dtype):
-    torch.manual_seed(0)
-    for rows, kv_heads, group, keys, channels in ((1, 1, 1, 1, 8), (1, 2, 4, 77, 16), (3, 3, 8, 300, 64)):
-        q, (k, v) = torch.randn(rows, kv_heads, group, channels), torch.randn(2, rows, kv_heads, keys, channels)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        mask = torch.zeros(rows, 1, 1, keys, dtype=dtype).masked_fill_(torch.arange(keys) > keys // 2, -torch.inf)
-        for added in (None, mask):
-            scores = q.double() @ k.double().transpose(2, 3) * channels**-0.5 + (0 if added is None else added)
-            expected, found = torch.softmax(scores, dim=-1) @ v.double(), single(q, k, v, added)
-            assert found.dtype == dtype
-            assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(v.abs().max())

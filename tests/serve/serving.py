@@ -79,8 +79,11 @@ class Server:
             assert time.monotonic() < deadline, f"not within {seconds} s: {self.lines[-5:]}"
             time.sleep(0.02)
 
-    def log_of(self, path: str, status: int) -> str:
-        """The newest line of the log about a path with a status."""
-        told = f"{path} "
-        self.until(lambda: any(told in line and f"status={status}" in line for line in self.lines))
-        return [line for line in self.lines if told in line and f"status={status}" in line][-1]
+    def log_of(self, path: str, status: int, since: int) -> str:
+        """The first line of the log about a path with a status, of those from number `since` on; it may come later."""
+
+        def found() -> list[str]:
+            return [line for line in self.lines[since:] if f"{path} " in line and f"status={status}" in line]
+
+        self.until(found)
+        return found()[0]

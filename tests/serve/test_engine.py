@@ -90,8 +90,9 @@ def assert_same(found: list[Token], expected: list[Token]) -> None:
 # ---- answers
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("chunk", [30, 1000])
-def test_answers_of_a_busy_engine_are_those_of_each_job_alone(vlm, chunk):
+def test_answers_of_a_busy_engine_are_those_of_each_job_alone(vlm, chunk, apart):
     """Greedy and drawn, with few pictures and many questions, joining at random times, some given up on the way."""
     rng = random.Random(chunk)
     jobs = []
@@ -119,7 +120,7 @@ def test_answers_of_a_busy_engine_are_those_of_each_job_alone(vlm, chunk):
         assert min(dataclasses.astuple(answer.timings)) >= 0 and answer.row.prompt_tokens == len(jobs[i].inputs.ids)
 
     async def test() -> None:
-        async with running(vlm, prefill_chunk=chunk) as engine:
+        async with running(vlm, prefill_chunk=chunk, apart=apart) as engine:
             await asyncio.gather(*(client(engine, i) for i in range(len(jobs))))
             state = engine.state()
             assert (state.queued, state.running, state.failures) == (0, 0, 0)
@@ -265,7 +266,8 @@ def test_guided_answers_of_random_weights_validate_at_every_length(tiny_of):
 # ---- faults
 
 
-def test_a_job_that_fails_fails_alone(vlm):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_job_that_fails_fails_alone(vlm, apart):
     """Pixels that are not numbers; tiles of another size; a prompt with a picture too many."""
     good = job(asked(vlm, 1), 12)
     expected = alone(vlm, good)
@@ -274,7 +276,7 @@ def test_a_job_that_fails_fails_alone(vlm):
     many = dataclasses.replace(asked(vlm, 0), ids=(*asked(vlm, 0).ids, vlm.model.config.image_token_id))
 
     async def test() -> None:
-        async with running(vlm) as engine:
+        async with running(vlm, apart=apart) as engine:
             with pytest.raises(InputError, match="image placeholders"):
                 engine.submit(job(many))
             for _ in range(2):
@@ -322,6 +324,33 @@ def test_a_step_that_fails_is_made_again_for_each_row_alone(vlm, caplog):
 
 
 # ---- limits
+
+
+def test_who_leaves_while_its_picture_is_encoded_leaves_nothing(vlm):
+    """With a thread of its own for pictures: the slot is free at once, and nobody waits for the picture."""
+    given, encoding, left = job(asked(vlm, 2), 4), threading.Event(), threading.Event()
+
+    def slow(*_) -> None:
+        encoding.set()
+        assert left.wait(30)
+
+    async def test() -> None:
+        async with running(vlm, apart=True) as engine:
+            answer = engine.submit(given)
+            while not encoding.is_set():
+                await asyncio.sleep(0.001)
+            answer.cancel()
+            while engine.state().running:
+                await asyncio.sleep(0.001)
+            left.set()
+            other = await tokens_of(engine.submit(job(asked(vlm, None), 4)))
+            assert len(other) and engine.state().pictures == 0 == engine.state().failures
+
+    hook = vlm.model.vision_tower.register_forward_pre_hook(slow)
+    try:
+        run(test)
+    finally:
+        hook.remove()
 
 
 def test_a_full_queue_says_when_to_come_back(vlm):
@@ -394,10 +423,11 @@ def test_memory_does_not_grow_with_the_jobs_answered(vlm):
 # ---- the end
 
 
-def test_closing_finishes_what_was_accepted(vlm):
+@pytest.mark.parametrize("apart", [False, True])
+def test_closing_finishes_what_was_accepted(vlm, apart):
     async def test() -> None:
-        async with running(vlm, max_batch=2) as engine:
-            answers = [asyncio.ensure_future(tokens_of(engine.submit(job(asked(vlm, None), 10)))) for _ in range(6)]
+        async with running(vlm, max_batch=2, apart=apart) as engine:
+            answers = [asyncio.ensure_future(tokens_of(engine.submit(job(asked(vlm, i), 10)))) for i in range(6)]
             await asyncio.sleep(0)
             await engine.close(30)
             assert all([await answer for answer in answers])

@@ -37,8 +37,9 @@ def traces(server):
     before = len(server.lines)
 
     def told() -> int:
+        since = len(server.lines)
         server.client.get("/nowhere")
-        server.log_of("/nowhere", 404)
+        server.log_of("/nowhere", 404, since)
         return sum("Traceback" in line for line in server.lines[before:])
 
     return told

@@ -17,6 +17,7 @@ def reply(vlm):
 
 
 def test_generate_gives_the_pipelines_answer_and_nothing_else(server, reply):
+    since = len(server.lines)
     answer = server.post("/generate", {"inputs": INPUTS, "parameters": {}})
     assert answer.json() == {"generated_text": reply.text}
     for name in ("compute-time", "compute-characters", "total-time", "validation-time", "queue-time", "inference-time",
@@ -25,7 +26,7 @@ def test_generate_gives_the_pipelines_answer_and_nothing_else(server, reply):
     assert answer.headers["x-compute-type"] == "cpu"
     assert int(answer.headers["x-prompt-tokens"]) == reply.prompt_tokens
     assert int(answer.headers["x-generated-tokens"]) == len(reply.tokens)
-    line = server.log_of("/generate", 200)
+    line = server.log_of("/generate", 200, since)
     assert f"generated_tokens={len(reply.tokens)}" in line and "finish_reason=stop" in line
 
 

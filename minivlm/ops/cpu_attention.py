@@ -1,0 +1,188 @@
+"""Attention of backend `cpu`: rows that bring one query each attend together, other rows one after the other.
+
+In a server's step dozens of rows bring one query beside a piece of somebody's prompt. Row by row each costs the calls
+of a whole row; together they cost about what one does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from minivlm.ops import attention as plain
+from minivlm.ops.cpu import packs
+from minivlm.ops.cpu_shapes import attend
+from minivlm.ops.kv_cache import KVCache
+from minivlm.ops.rope import rotate
+from minivlm.ops.rows import Rows
+
+# Attention of rows together reads every slot from the first row's to the last one's, as far as the longest row's keys;
+# one by one it takes a call for each row, the time in which so many bytes of the cache are read: measured with 8 and 32
+# rows of the shipped checkpoint in bfloat16 and float32. Equally long rows of 300 keys take two thirds of the time.
+CALL = 80_000
+
+Attend = Callable[[int, Tensor], Tensor]  # (number of the layer, q [.., H, C]) -> [B, K, H/K, C]
+
+
+@dataclass
+class Seen:
+    """What packed rows see: the first `singles` of them bring one query each, `rest` are the others."""
+
+    singles: int
+    rest: Rows
+    sights: tuple[tuple[plain.Sight, ...], ...]  # of all rows
+    window: int | None
+    attend: Attend | None = None  # of the singles, made at the first layer
+
+
+def sight(rows: Rows, window: int | None, device) -> Seen:
+    """What each row's queries may see, worked out once for all layers."""
+    singles = len(list(takewhile(lambda n: n == 1, rows.lengths)))
+    rest = Rows(rows.lengths[singles:], rows.starts[singles:], rows.slots[singles:], rows.segments[singles:])
+    return Seen(singles, rest, plain.sight(rows, window, device), window)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: tuple[Tensor, Tensor],
+    rows: Rows,
+    seen: Seen,
+    cache: KVCache | None,
+    layer: int,
+) -> Tensor:
+    """q [S, H, C], k and v [S, K, C] before rotation; seen: what `sight` returned. Returns [S, H * C]."""
+    q, k, n = rotate(q, *rope), rotate(k, *rope), seen.singles
+    if cache is None or n == 0:
+        return plain.attend_rows(attend, q, k, v, rows, seen.sights, cache, layer)
+    slots, starts = rows.slots[:n], rows.starts[:n]
+    if max(starts) >= cache.capacity:
+        raise ValueError(f"position {max(starts)} does not fit in a cache of {cache.capacity} positions")
+    if seen.attend is None:
+        seen.attend = SingleQueries(cache, q.shape[1], seen.window).of(slots, starts)
+    places = torch.tensor(slots, device="cpu"), torch.tensor(starts, device="cpu")
+    cache.keys[layer].transpose(1, 2)[places] = k[:n]
+    cache.values[layer].transpose(1, 2)[places] = v[:n]
+    heads = seen.attend(layer, q[:n]).view(n, -1)
+    if n == len(q):
+        return heads
+    others = (part[n:] for part in (q, k, v))
+    return torch.cat((heads, plain.attend_rows(attend, *others, seen.rest, seen.sights[n:], cache, layer)))
+
+
+class SingleQueries:
+    """Attention of rows with one query each over the keys in a cache, together where that is faster."""
+
+    def __init__(self, cache: KVCache, heads: int, window: int | None):
+        self.cache, self.capacity, self.window = (cache.keys, cache.values), cache.capacity, window
+        kv_heads, channels = cache.keys.shape[2], cache.keys.shape[4]
+        self.grouped = (kv_heads, heads // kv_heads, channels)
+        self.key_bytes = 2 * kv_heads * channels * cache.keys.itemsize  # with its value
+        self.single = single_attention(cache.keys.dtype)
+        self.masks = _masks(self.capacity, window or self.capacity, cache.keys.dtype)
+
+    def of(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
+        """The attention of rows whose queries are at these positions of their slots."""
+        if not self.alike(slots, positions):
+            return self._one_by_one(slots, positions)
+        together = self._together(slots, positions)
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            heads = together(layer, q)
+            if heads.isfinite().all():
+                return heads
+            # What is masked was not a number, where a broken row was before; or a row is broken now.
+            return self._one_by_one(slots, positions)(layer, q)
+
+        return attend
+
+    def alike(self, slots: Sequence[int], positions: Sequence[int]) -> bool:
+        """Whether several rows attend together."""
+        if len(slots) == 1:
+            return False
+        first = [self._first(position) for position in positions]
+        read = (max(slots) - min(slots) + 1) * (max(positions) + 1 - min(first))
+        seen = sum(positions) + len(slots) - sum(first)
+        return (read - seen) * self.key_bytes <= len(slots) * CALL
+
+    def _first(self, position: int) -> int:
+        """The first position that one sees."""
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+    def _one_by_one(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
+        """Each row over its own keys."""
+        seen = []
+        for slot, position in zip(slots, positions, strict=True):
+            lo = self._first(position)
+            kept = (x.select(1, slot).narrow(2, lo, position + 1 - lo).unsqueeze(1) for x in self.cache)
+            seen.append(list(zip(*(x.unbind() for x in kept), strict=True)))  # keys, values [1, K, t, C] of each layer
+        shape = (-1, 1, *self.grouped)
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            rows = zip(q.reshape(shape), seen, strict=True)
+            heads = [self.single(query, *kept[layer]) for query, kept in rows]
+            return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+        return attend
+
+    def _together(self, slots: Sequence[int], positions: Sequence[int]) -> Attend:
+        """All rows over the keys of all slots from the first to the last, as many as the longest row has. What a row
+        does not see is masked: it must be finite, and unwritten positions of a cache are 0."""
+        base, lo, end = min(slots), min(map(self._first, positions)), max(positions) + 1
+        places = [slot - base for slot in slots]
+        row_of = [0] * (max(places) + 1)  # a slot in between without a row computes row 0, for nobody
+        for row, place in enumerate(places):
+            row_of[place] = row
+        mask = self.masks.narrow(1, lo, end - lo).index_select(
+            0, torch.tensor([self.capacity - 1 - positions[row] for row in row_of], device="cpu")
+        )[:, None, None]  # [slots, 1, 1, t]
+        kept = (x[:, base : base + len(row_of), :, lo:end].unbind() for x in self.cache)
+        seen = list(zip(*kept, strict=True))  # keys, values [slots, K, t, C] of each layer
+        if tuple(slots) == tuple(range(base, base + len(slots))):  # as most often
+            return lambda layer, q: self.single(q.reshape(-1, *self.grouped), *seen[layer], mask)
+
+        row_of, places = torch.tensor(row_of, device="cpu"), torch.tensor(places, device="cpu")
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            queries = q.index_select(0, row_of).view(-1, *self.grouped)
+            return self.single(queries, *seen[layer], mask).index_select(0, places)
+
+        return attend
+
+
+def _masks(size: int, window: int, dtype: torch.dtype) -> Tensor:
+    """[size, size], in row size - 1 - p what is added to the scores of a query at p: 0 for the `window` keys up to p,
+    else -inf. All rows are a view of one: of size 3 and window 2 of (-inf, 0, 0, -inf, -inf)."""
+    row = torch.full((2 * size - 1,), -torch.inf, dtype=dtype, device="cpu")
+    row[max(0, size - window) : size] = 0
+    return row.unfold(0, size, 1)
+
+
+# ---- a single query's attention: q [b, K, H/K, C], keys and values [b, K, t, C], what is added to scores -> like q
+
+
+def single_attention(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Its fastest form."""
+    if packs() and dtype != torch.float32:
+        return _by_products
+    return _by_gqa if dtype == torch.bfloat16 else scaled_dot_product_attention
+
+
+def _by_gqa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A head a query row. In bfloat16 with AMX, at 300 keys, groups of two take 13 us instead of 20, groups of four as
+    long; in float32 and float16 each key would be read for each head."""
+    heads = q.view(len(q), -1, 1, q.shape[3])  # [b, H, 1, C]
+    return scaled_dot_product_attention(heads, k, v, mask, enable_gqa=True).reshape(q.shape)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same by two products. With AMX oneDNN first copies all keys into tiles and this is 5 times slower than SDPA;
+    without, at 3,000 keys in bfloat16, it is 3 times faster (AMD Zen 5: 0.37 and 1.17 ms a layer)."""
+    scores = torch.matmul(q, k.transpose(2, 3)).float() * q.shape[-1] ** -0.5  # [b, K, H/K, t]
+    if mask is not None:
+        scores += mask
+    return torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v)
