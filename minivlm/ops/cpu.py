@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from minivlm.errors import InputError
+from minivlm.ops.cpu_memory import keep_freed
 from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
 from minivlm.ops.cpu_shapes import of_rounded, padded
 from minivlm.ops.joined import GROUPS, joined
@@ -204,8 +205,9 @@ class GroupedLinear(nn.Module):
 
 
 def prepare(model: nn.Module) -> None:
-    """Join, and where that is faster pack, the linear layers of a loaded model."""
+    """Join, and where that is faster pack, the linear layers of a loaded model; and let the process keep its memory."""
     packed = packs()
+    keep_freed()
     model.requires_grad_(False)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     # Without the linear layers themselves: whoever holds them holds their weights, until the last is joined.
