@@ -27,7 +27,7 @@ from minivlm.serve.limits import BodyLimit
 from minivlm.serve.log import GONE, AccessLog, Log
 from minivlm.serve.openai import ChatChunk, CompletionChunk, Model, Models
 from minivlm.serve.service import Service
-from minivlm.serve.wire import ErrorResponse, service_of
+from minivlm.serve.wire import ErrorResponse, Served, service_of
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {
@@ -38,7 +38,6 @@ PAGE_HEADERS = {
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 router = APIRouter()
-The = Annotated[Service, Depends(service_of)]
 
 
 class Info(BaseModel):
@@ -139,7 +138,7 @@ HEALTH: dict[str, Any] = {"status_code": 200, "response_class": Response,
 @router.head("/ping", include_in_schema=False)
 @router.get("/health", **HEALTH)
 @router.get("/ping", **HEALTH)
-async def health(service: The) -> Response:
+async def health(service: Served) -> Response:
     """200 while the model can answer."""
     if not service.engine.state().alive:
         raise unhealthy()
@@ -148,7 +147,7 @@ async def health(service: The) -> Response:
 
 @router.head("/", include_in_schema=False)
 @router.get("/", **HEALTH)
-async def root(service: The, accept: Annotated[str, Header()] = "*/*") -> Response:
+async def root(service: Served, accept: Annotated[str, Header()] = "*/*") -> Response:
     """The page to try it for a browser; for others the health answer."""
     if "text/html" in accept:
         return HTMLResponse(PAGE.read_bytes(), headers=PAGE_HEADERS)
@@ -156,7 +155,7 @@ async def root(service: The, accept: Annotated[str, Header()] = "*/*") -> Respon
 
 
 @router.get("/info")
-async def info(service: The) -> Info:
+async def info(service: Served) -> Info:
     """What is served, and its limits."""
     known = {name: value for name, value in vars(service.limits).items() if name in Info.model_fields}
     return Info(
@@ -172,13 +171,13 @@ async def info(service: The) -> Info:
 
 
 @router.get("/v1/models")
-async def models(service: The) -> Models:
+async def models(service: Served) -> Models:
     """The model that is served."""
     return Models(data=[Model(id=service.name, owned_by="minivlm")])
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(service: The) -> Response:
+async def metrics(service: Served) -> Response:
     """Numbers for Prometheus."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 

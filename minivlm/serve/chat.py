@@ -32,9 +32,11 @@ from minivlm.serve.openai import (
     ToolCallDelta,
 )
 from minivlm.serve.service import Finished, Generation, Piece, Prompt, Service, unless_gone
-from minivlm.serve.tgi import Admitted, The, all_of, started, tokens_of
+from minivlm.serve.tgi import all_of, started, tokens_of
 from minivlm.serve.wire import (
+    Admitted,
     EventStream,
+    Served,
     envelope,
     event,
     events_of,
@@ -55,7 +57,7 @@ router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 @router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True,
              responses={**refusals(openai=True), **CHUNKS})  # fmt: skip
 async def chat_completions(
-    request: Request, response: Response, asked: ChatRequest, service: The, record: Admitted
+    request: Request, response: Response, asked: ChatRequest, service: Served, record: Admitted
 ) -> Any:
     """Answers to a dialogue; with `stream`, an event a token and then `[DONE]`."""
     asked.check_rules(service.limits)
@@ -73,7 +75,7 @@ async def chat_completions(
 
 
 @router.post("/chat_tokenize", responses=refusals())
-async def chat_tokenize(request: Request, asked: ChatRequest, service: The, record: Admitted) -> ChatTokens:
+async def chat_tokenize(request: Request, asked: ChatRequest, service: Served, record: Admitted) -> ChatTokens:
     """The text that a dialogue becomes, and its tokens."""
     prompt = await service.work(prompt_of, service, asked)
     tokens = await unless_gone(request, tokens_of(service, prompt))

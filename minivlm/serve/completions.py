@@ -17,9 +17,11 @@ from minivlm.serve.openai import (
 )
 from minivlm.serve.parameters import Parameters
 from minivlm.serve.service import Generation, Piece, Service, unless_gone
-from minivlm.serve.tgi import Admitted, The, all_of, batch_exceeded, prompt_of, started, stream_response
+from minivlm.serve.tgi import all_of, batch_exceeded, prompt_of, started, stream_response
 from minivlm.serve.wire import (
+    Admitted,
     EventStream,
+    Served,
     envelope,
     event,
     events_of,
@@ -39,7 +41,7 @@ router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 
 
 async def completions(
-    request: Request, response: Response, asked: CompletionRequest, service: The, record: Admitted
+    request: Request, response: Response, asked: CompletionRequest, service: Served, record: Admitted
 ) -> Any:
     """Completions of one prompt or several; with `stream`, an event a token and then `[DONE]`."""
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt

@@ -8,8 +8,8 @@ from minivlm.serve.chat import chat_completions
 from minivlm.serve.completions import completions
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.openai import ChatCompletion, ChatRequest, Completion, CompletionRequest
-from minivlm.serve.tgi import EVENTS, Admitted, CompatGenerateRequest, GenerateResponse, The, compat_generate
-from minivlm.serve.wire import refusals
+from minivlm.serve.tgi import EVENTS, CompatGenerateRequest, GenerateResponse, compat_generate
+from minivlm.serve.wire import Admitted, Served, refusals
 
 router = APIRouter(route_class=StrictRoute, tags=["SageMaker"])
 
@@ -20,7 +20,7 @@ async def invocations(
     request: Request,
     response: Response,
     asked: CompatGenerateRequest | ChatRequest | CompletionRequest,
-    service: The,
+    service: Served,
     record: Admitted,
 ) -> Any:
     """`inputs` is for `/`, `messages` for `/v1/chat/completions`, `prompt` for `/v1/completions`."""

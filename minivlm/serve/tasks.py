@@ -14,8 +14,8 @@ from minivlm.serve.errors import Refused, invalid
 from minivlm.serve.limits import StrictRoute
 from minivlm.serve.parameters import Parameters, Schema
 from minivlm.serve.service import Finished, Prompt, Record, Service, unless_gone
-from minivlm.serve.tgi import EVENTS, Admitted, CompatGenerateRequest, GenerateResponse, The, compat_generate, started
-from minivlm.serve.wire import headers, refusals
+from minivlm.serve.tgi import EVENTS, CompatGenerateRequest, GenerateResponse, compat_generate, started
+from minivlm.serve.wire import Admitted, Served, headers, refusals
 
 DESCRIBE = "Describe the picture."  # what is asked where a task has no question
 
@@ -78,7 +78,7 @@ class PictureRoute(StrictRoute):
         return Match.NONE, {}
 
 
-async def describe(request: Request, response: Response, service: The, record: Admitted) -> list[GenerateResponse]:
+async def describe(request: Request, response: Response, service: Served, record: Admitted) -> list[GenerateResponse]:
     """What `image_to_text` sends: the file of a picture, nothing else."""
     file = await request.body()
     if "content-type" not in request.headers and file.lstrip()[:1] in (b"{", b""):
@@ -91,7 +91,7 @@ async def describe(request: Request, response: Response, service: The, record: A
 
 
 async def root(
-    request: Request, response: Response, asked: Annotated[Asked, Body()], service: The, record: Admitted
+    request: Request, response: Response, asked: Annotated[Asked, Body()], service: Served, record: Admitted
 ) -> Any:
     """What huggingface_hub calls: `/generate` in a list, `/generate_stream` if `stream` is true, or a question."""
     if isinstance(asked, CompatGenerateRequest):

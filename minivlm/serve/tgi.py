@@ -3,9 +3,9 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from minivlm.serve.errors import invalid
@@ -13,13 +13,13 @@ from minivlm.serve.limits import StrictRoute
 from minivlm.serve.parameters import Parameters, Schema, grammar_of
 from minivlm.serve.service import Finished, Generation, Piece, Prompt, Record, Service, unless_gone
 from minivlm.serve.wire import (
+    Admitted,
     EventStream,
-    admitted,
+    Served,
     event,
     events_of,
     headers,
     refusals,
-    service_of,
     stream_headers,
     told,
 )
@@ -29,8 +29,6 @@ PICTURE = re.compile(r"!\[\]\(([^)]*)\)")
 REASONS = {"stop": "eos_token", "stop_string": "stop_sequence", "length": "length"}
 
 router = APIRouter(route_class=StrictRoute, tags=["text-generation-inference"])
-The = Annotated[Service, Depends(service_of)]
-Admitted = Annotated[Record, Depends(admitted)]
 
 
 # ---- requests
@@ -159,7 +157,7 @@ STREAM = {status: as_json(refusal) for status, refusal in refusals().items()} | 
 
 @router.post("/generate", **OPTIONS)
 async def generate(
-    request: Request, response: Response, asked: GenerateRequest, service: The, record: Admitted
+    request: Request, response: Response, asked: GenerateRequest, service: Served, record: Admitted
 ) -> GenerateResponse:
     """One answer, once it is whole."""
     answer, finished = await unless_gone(request, generate_whole(service, asked, record))
@@ -168,13 +166,13 @@ async def generate(
 
 
 @router.post("/generate_stream", status_code=200, response_class=EventStream, responses=STREAM)
-async def generate_stream(asked: GenerateRequest, service: The, record: Admitted) -> EventStream:
+async def generate_stream(asked: GenerateRequest, service: Served, record: Admitted) -> EventStream:
     """One answer, an event a token."""
     return EventStream(await generate_events(service, asked, record), stream_headers(service, len(asked.inputs)))
 
 
 async def compat_generate(
-    request: Request, response: Response, asked: CompatGenerateRequest, service: The, record: Admitted
+    request: Request, response: Response, asked: CompatGenerateRequest, service: Served, record: Admitted
 ) -> Any:
     """`/generate` in a list, or `/generate_stream` if `stream` is true."""
     if asked.stream:
@@ -183,13 +181,13 @@ async def compat_generate(
 
 
 @router.post("/tokenize", responses=refusals())
-async def tokenize(request: Request, asked: GenerateRequest, service: The, record: Admitted) -> list[SimpleToken]:
+async def tokenize(request: Request, asked: GenerateRequest, service: Served, record: Admitted) -> list[SimpleToken]:
     """The tokens of a prompt, its image tokens included."""
     return await unless_gone(request, tokens_of(service, prompt_of(asked.inputs)))
 
 
 @router.post("/vertex", responses=refusals())
-async def vertex(request: Request, asked: VertexRequest, service: The, record: Admitted) -> VertexResponse:
+async def vertex(request: Request, asked: VertexRequest, service: Served, record: Admitted) -> VertexResponse:
     """Several prompts in Vertex AI's envelope."""
     if len(asked.instances) > service.limits.max_client_batch_size:
         raise batch_exceeded(service)

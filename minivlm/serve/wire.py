@@ -6,8 +6,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Depends
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -93,6 +94,10 @@ async def admitted(request: Request) -> AsyncIterator[Record]:
     with service_of(request).admitted() as record:
         request.scope["record"] = record  # for the line in the log
         yield record
+
+
+Served = Annotated[Service, Depends(service_of)]  # parameters of a route
+Admitted = Annotated[Record, Depends(admitted)]
 
 
 class EventStream(StreamingResponse):
