@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 LEVELS = (
     "kernels",
     "errors",
-    "fields noise",
+    "fields noise warpers",
     "sampler",
     "ops",
     "processor merge connector decoder vision",

@@ -22,6 +22,7 @@ def random_sampling(rng: random.Random) -> Sampling:
         top_k=rng.choice([None, 1, 2, 7, 50, 10_000]),
         top_p=rng.choice([None, 1e-9, 0.05, 0.5, 0.9, 0.999, 1.0]),
         min_p=rng.choice([None, 0.0, 0.02, 0.3, 1.0]),
+        typical_p=rng.choice([None, None, 1e-9, 0.2, 0.9, 0.999, 1.0]),
         repetition_penalty=rng.choice([1.0, 0.5, 1.1, 2.0]),
         seed=0,
     )
@@ -54,7 +55,7 @@ def test_scores_equal_transformers_at_a_real_vocabulary():
         assert not extra.any() or set(ours[extra].tolist()) == {float(expected[expected.isfinite()].min())}
 
 
-def test_order_is_top_k_then_top_p_then_min_p():
+def test_order_is_top_k_then_top_p_then_min_p_then_typical_p():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     # Of the two that top-k keeps, .4 is 4/7 = 57 %: enough for 0.55. Of all four it would not be.
     assert warp(logits, (), Sampling(top_k=2, top_p=0.55)).isfinite().tolist() == [True, False, False, False]
@@ -62,6 +63,9 @@ def test_order_is_top_k_then_top_p_then_min_p():
     # min-p comes after the temperature: .1 is 25 % of .4 at temperature 1, 50 % at temperature 2.
     assert warp(logits, (), Sampling(min_p=0.4)).isfinite().tolist() == [True, True, True, False]
     assert warp(logits, (), Sampling(temperature=2.0, min_p=0.4)).isfinite().all()
+    # Of all four .3 is the most typical; of the .4 and .3 that min-p keeps, .4.
+    assert warp(logits, (), Sampling(typical_p=0.1)).isfinite().tolist() == [False, True, False, False]
+    assert warp(logits, (), Sampling(min_p=0.7, typical_p=0.1)).isfinite().tolist() == [True, False, False, False]
 
 
 def test_boundary_ties_are_all_kept_wherever_they_stand():
@@ -69,6 +73,7 @@ def test_boundary_ties_are_all_kept_wherever_they_stand():
         logits = torch.tensor([0.4, 0.2, 0.2, 0.2]).roll(turn).log()
         assert warp(logits, (), Sampling(top_p=0.5)).isfinite().all()
         assert warp(logits, (), Sampling(top_k=2)).isfinite().all()
+        assert warp(logits, (), Sampling(typical_p=0.3)).isfinite().tolist() == (logits < math.log(0.3)).tolist()
         assert int(warp(logits, (), Sampling(top_k=1)).isfinite().sum()) == 1
 
 
@@ -107,11 +112,13 @@ def test_allowed_comes_before_every_other_warper():
 def test_arguments_are_not_written_to():
     logits = torch.tensor([5.0, 4.0, -3.0, 2.0])
     before = logits.clone()
-    warp(logits, (0, 2), Sampling(0.5, top_k=2, top_p=0.9, min_p=0.1, repetition_penalty=1.3), logits > 0)
+    everything = {"top_k": 2, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.3}
+    everything |= {"frequency_penalty": 1.0, "presence_penalty": 1.0, "logit_bias": {1: 2.0}}
+    warp(logits, (0, 2), Sampling(0.5, **everything), logits > 0)
     assert torch.equal(logits, before)
 
 
-CHI_SQUARE = {3: 16.27, 4: 18.47, 7: 24.32, 11: 31.26}  # 0.1 % critical values by degrees of freedom
+CHI_SQUARE = {3: 16.27, 4: 18.47, 5: 20.52, 7: 24.32, 11: 31.26}  # 0.1 % critical values by degrees of freedom
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,7 @@ CHI_SQUARE = {3: 16.27, 4: 18.47, 7: 24.32, 11: 31.26}  # 0.1 % critical values 
         (Sampling(seed=1), 12),
         (Sampling(top_p=0.85, seed=4), 8),
         (Sampling(min_p=0.45, seed=5), 5),
+        (Sampling(typical_p=0.6, seed=3), 6),
         (Sampling(temperature=0.8, top_k=6, top_p=0.8, repetition_penalty=1.2, seed=6), 4),
     ],
 )
@@ -148,7 +156,8 @@ def test_a_choice_is_replayed_and_every_argument_matters():
     base = ids(Sampling(seed=8))
     assert base == ids(Sampling(seed=8)) == ids(Sampling(temperature=1.0, seed=8))
     others = [ids(Sampling(seed=9)), ids(Sampling(seed=8), first=1000), ids(Sampling(seed=8), scale=2.0)]
-    options = {"temperature": 0.3, "top_k": 20, "top_p": 0.3, "min_p": 0.3, "repetition_penalty": 3.0}
+    options = {"temperature": 0.3, "top_k": 20, "top_p": 0.3, "min_p": 0.3, "typical_p": 0.3, "repetition_penalty": 3.0}
+    options |= {"frequency_penalty": 2.0, "presence_penalty": 2.0, "logit_bias": {7: 5.0}}
     others += [ids(Sampling(seed=8, **{name: value})) for name, value in options.items()]
     assert all(other != base for other in others)
     assert ids(Sampling(seed=8), first=1)[:39] == base[1:]  # the noise hangs on the position, not on the row
@@ -157,14 +166,18 @@ def test_a_choice_is_replayed_and_every_argument_matters():
 def test_a_row_does_not_depend_on_its_neighbours():
     generator, rng = torch.Generator().manual_seed(6), random.Random(6)
     logits = torch.randn(20, 300, generator=generator)
-    samplings = [Sampling(), *(random_sampling(rng) for _ in range(19))]
+    samplings = [Sampling(), Sampling(logit_bias={5: 3.0}), *(random_sampling(rng) for _ in range(18))]
+    for row in range(2, 20, 3):
+        added = {"frequency_penalty": rng.uniform(-2, 2), "presence_penalty": rng.uniform(-2, 2)}
+        samplings[row] = dataclasses.replace(samplings[row], **added, logit_bias={rng.randrange(300): 4.0})
     positions = [rng.randrange(4000) for _ in range(20)]
     seen = [tuple(rng.randrange(300) for _ in range(30)) for _ in range(20)]
+    starts = [rng.randrange(31) for _ in range(20)]
     allowed = torch.rand(20, 300, generator=generator) < 0.9
-    together = sample(logits, samplings, positions, seen, allowed)
-    turned = sample(logits.flip(0), samplings[::-1], positions[::-1], seen[::-1], allowed.flip(0))
+    together = sample(logits, samplings, positions, seen, allowed, starts)
+    turned = sample(logits.flip(0), samplings[::-1], positions[::-1], seen[::-1], allowed.flip(0), starts[::-1])
     for row in range(20):
-        alone = sample(logits[[row]], [samplings[row]], [positions[row]], [seen[row]], allowed[row])
+        alone = sample(logits[[row]], [samplings[row]], [positions[row]], [seen[row]], allowed[row], [starts[row]])
         assert together[row] == alone[0] == turned[19 - row]
 
 
@@ -215,9 +228,10 @@ def test_what_asks_for_sampling():
         {},
         {"temperature": 0},
         {"temperature": 0.0, "repetition_penalty": 1.1, "top_logprobs": 5},
+        {"temperature": 0, "frequency_penalty": 1, "presence_penalty": -1, "logit_bias": {3: 1}},
     ):
         assert Sampling(**options).greedy and Sampling(**options).seeded().seed is None
-    for options in ({"temperature": 1.0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"seed": 0}):
+    for options in ({"temperature": 1.0}, {"top_k": 1}, {"top_p": 1.0}, {"min_p": 0.0}, {"typical_p": 1}, {"seed": 0}):
         assert not Sampling(**options).greedy
     assert Sampling(seed=0).seeded().seed == 0
 
@@ -233,7 +247,7 @@ def test_seeded_draws_a_fresh_64_bit_seed_and_nothing_else():
 
 
 def test_temperature_zero_beside_a_sampling_option_is_an_error():
-    for name, value in {"top_k": 5, "top_p": 1.0, "min_p": 0.1, "seed": 3}.items():
+    for name, value in {"top_k": 5, "top_p": 1.0, "min_p": 0.1, "typical_p": 0.5, "seed": 3}.items():
         with pytest.raises(InputError, match=f"^temperature: found 0, which is greedy, beside {name}="):
             Sampling(temperature=0, **{name: value})
 
@@ -245,7 +259,10 @@ def test_temperature_zero_beside_a_sampling_option_is_an_error():
         ("top_k", [0, -1, 1.0, math.nan, True, "5"]),
         ("top_p", [0, -0.1, 1.01, math.nan, True, "0.9"]),
         ("min_p", [-0.1, 1.01, math.nan, False, "0"]),
+        ("typical_p", [0, -0.1, 1.01, math.nan, True, "0.9"]),
         ("repetition_penalty", [0, -1.0, math.nan, math.inf, True, None, "1"]),
+        ("frequency_penalty", [-2.01, 2.01, math.nan, True, None, "1"]),
+        ("presence_penalty", [-2.01, 2.01, -math.inf, False, None, "1"]),
         ("seed", [-1, 2**64, 1.0, True, "7"]),
         ("top_logprobs", [-1, 21, 2.0, True, None]),
     ],
@@ -265,9 +282,10 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
         Sampling(temperature=10**300, seed=0),
         Sampling(temperature=1e-30, seed=0),
         Sampling(top_p=5e-324, min_p=1.0, seed=0),
+        Sampling(typical_p=5e-324, top_k=1, frequency_penalty=-2, presence_penalty=2, logit_bias={0: 100}, seed=0),
     ]
     chosen = [draw(logits, sampling, position=2**64 - 1).id for sampling in ends]
-    assert chosen[3:] == [0, 0]
+    assert chosen[3:] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
@@ -306,6 +324,9 @@ def test_arguments_that_do_not_fit_are_an_error():
         sample(logits, two, [0, 0], [(), ()], torch.ones(8))
     with pytest.raises(InputError, match="allowed: found no id"):
         sample(logits, two, [0, 0], [(), ()], torch.zeros(8, dtype=torch.bool))
+    for starts in ([0], [0, 4], [-1, 0]):
+        with pytest.raises(InputError, match=r"starts: found \[.*\], expected 2 numbers of prompt ids, .* \[3, 3\]"):
+            sample(logits, two, [3, 3], [(1, 2, 3)] * 2, None, starts)
     with pytest.raises(InputError, match="position: found -1"):
         draw(logits[0], Sampling(seed=0), position=-1)
 
