@@ -3,7 +3,7 @@
 It knows nothing of models or prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
@@ -22,7 +22,11 @@ class Settings(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     top_logprobs: int
 
@@ -73,7 +77,7 @@ class Token:
     text             what this token completes: a character's first bytes give "", its last byte the whole
                      character. The texts of an answer's tokens, joined, are the answer
     logprob          of the raw distribution, the model's softmax over the whole vocabulary
-    sampled_logprob  of the distribution that was chosen from, after penalty, temperature and filters
+    sampled_logprob  of the distribution that was chosen from, after bias, penalties, temperature and filters
     alternatives     the `top_logprobs` likeliest ids, best first
     finish_reason    None but for the last token. "stop": it is an end-of-text id; "stop_string": its text
                      completed a stop string; "length": max_new_tokens are reached or the context is full

@@ -179,12 +179,13 @@ class Batch:
 
     def _sampled(self, members: Sequence[Member], logits: Tensor) -> Sequence[Choice]:
         seen = [member.row.ids for member in members]
+        starts = [member.row.prompt_tokens for member in members]
         arguments = (logits, [member.row.sampling for member in members], [len(ids) for ids in seen], seen)
         if all(member.guide is None for member in members):
-            return self._choose(*arguments)
+            return self._choose(*arguments, None, starts)
         everything = torch.full((-(-logits.shape[1] // 32),), -1, dtype=torch.int32)
         masks = [everything if member.guide is None else member.guide.bitmask() for member in members]
-        return self._choose(*arguments, torch.stack(masks))
+        return self._choose(*arguments, torch.stack(masks), starts)
 
     def _guided(self, member: Member, choice: Choice, logits: Tensor) -> Choice | Fault:
         """The choice, or where the guide refuses it, another among what it then allows."""

@@ -15,6 +15,7 @@ from minivlm.errors import InputError
 from minivlm.processor import Inputs
 from minivlm.processor.tokens import Tokenizer
 from minivlm.sampler import Choice
+from minivlm.warpers import check_bias
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ class Row:
         """inputs: new ids and pictures, to be prefilled behind `past`, the ids that the cache already holds.
 
         context: the most ids that the model can read. verbatim: whether a blank that begins the answer is part of its
-        text. Raises InputError if prompt and answer do not fit.
+        text. Raises InputError if prompt and answer do not fit, or for the bias of an id beyond the vocabulary.
         """
         self.inputs, self.options, self.vocabulary = inputs, options, vocabulary
         self.sampling = options.sampling.seeded()
+        check_bias(self.sampling.logit_bias, vocabulary.size)
         self.ids, self.cached = [*past, *inputs.ids], len(past)
         self.prompt_tokens = len(self.ids)
         self.limit = _limit(self.prompt_tokens, options.max_new_tokens, context)

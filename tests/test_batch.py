@@ -1,5 +1,6 @@
 """Continuous batching: whoever joins, leaves or fails, and whenever, each row gets the answer that it gets alone."""
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def join(batch: Batch, row: Row, slot: int, **settings) -> Member:
 
 
 def alone(vlm: minivlm.Pipeline, row: Row) -> list[Token]:
-    settings = {"seed": row.sampling.seed, "temperature": row.sampling.temperature}
+    settings = dataclasses.asdict(row.sampling)
     return list(vlm.generate(row.inputs, max_new_tokens=row.options.max_new_tokens, **settings).tokens)
 
 
@@ -105,6 +106,38 @@ def test_rows_that_join_and_leave_at_any_time_get_their_own_answers(tiny_of, kin
         else:
             part = found.get(id(row), [])
             assert [token.id for token in part] == [token.id for token in tokens][: len(part)]
+
+
+SHIFTED = (
+    Sampling(frequency_penalty=1.5),
+    Sampling(),
+    Sampling(presence_penalty=2, frequency_penalty=-0.3, temperature=1.5, seed=1),
+    Sampling(logit_bias={9: 3, 40: -100, 41: 2.5}),
+    Sampling(typical_p=0.4, temperature=1.5, seed=2),
+    Sampling(temperature=1.5, seed=3),
+    Sampling(typical_p=0.9, top_k=40, repetition_penalty=1.3, presence_penalty=1, logit_bias={7: 1}, seed=4),
+)
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_rows_with_penalties_biases_and_typical_p_beside_rows_without(vlm, chunk):
+    """Of different lengths, and in the batch at different times: each row's answer begins behind its own prompt."""
+    batch, found = batch_of(vlm, chunk), {}
+    texts = ["the cat is", "<image> what colour", "a", "is it a red cat, is it <image>"]
+    waiting = [row_of(vlm, texts[i % 4], 4 + i, sampling) for i, sampling in enumerate(SHIFTED)]
+    expected = [(row, alone(vlm, row)) for row in waiting]
+    free = list(range(SLOTS))
+    while waiting or batch.members:
+        if waiting and free:
+            join(batch, waiting.pop(0), free.pop())
+        for member, token in batch.step():
+            found.setdefault(id(member.row), []).append(token)
+            if token.finish_reason is not None:
+                free.append(member.slot)
+    for row, tokens in expected:
+        assert_same(found[id(row)], tokens)
+        sampled = [token.sampled_logprob for token in tokens]
+        assert [token.sampled_logprob for token in found[id(row)]] == pytest.approx(sampled, abs=1e-5)
 
 
 def test_a_long_prompt_delays_the_others_by_a_chunk_and_not_by_its_length(vlm):

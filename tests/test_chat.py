@@ -38,7 +38,7 @@ def script(vlm, monkeypatch):
     """A list of ids that are answered next, whatever the logits; the model computes as ever."""
     ids: list[int] = []
 
-    def scripted(logits, samplings, positions, seen):
+    def scripted(logits, samplings, positions, seen, bitmasks, starts):
         return (Choice(ids.pop(0), -1.0, -1.0, ()),)
 
     decoder = vlm.model.language_model
@@ -248,3 +248,13 @@ def test_a_question_that_looks_like_the_stand_in(vlm, script):
     chat.say(turns[0][0])
     chat.say(turns[1][0])
     assert chat.ids == vlm.processor.chat(answered(turns)).ids
+
+
+def test_penalties_of_a_turn_do_not_count_earlier_turns(vlm):
+    """Each turn has the same few ids to choose among; the second is as a prompt that holds the first answer."""
+    chat, settings = vlm.chat(), {"max_new_tokens": 8, "logit_bias": {7: 60, 8: 60, 9: 60}, "frequency_penalty": 2.0}
+    first, second = chat.say("the cat", **settings), chat.say("is it red", **settings)
+    ids = [token.id for token in second.tokens]
+    assert {token.id for token in first.tokens} & set(ids)
+    prompt = dataclasses.replace(vlm.inputs("a", raw=True), ids=chat.ids[: second.prompt_tokens])
+    assert [token.id for token in vlm.generate(prompt, **settings).tokens] == ids

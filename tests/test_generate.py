@@ -5,6 +5,7 @@ every token, rows with different numbers of pictures, prefill chunks that split 
 """
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warpers import shifted_by_hand, transformers_warpers
 
 import minivlm
 from minivlm.answer import Options
@@ -125,6 +127,80 @@ def test_repetition_penalty_equals_transformers(tiny_of):
     )
     assert [ids_of(reply) for reply in penalised] == oracle_ids(pair, requests(), 30, repetition_penalty=1.6)
     assert [ids_of(reply) for reply in penalised] != [ids_of(reply) for reply in plain]
+
+
+def replayed(vlm: minivlm.Pipeline, text: str, images: list, ids: list[int]) -> tuple[list[int], torch.Tensor]:
+    """A prompt's ids, and the logits [n, V] before each id of an answer to it, by one forward pass of all."""
+    inputs = vlm.inputs(text, images, raw=True)
+    with torch.no_grad():
+        logits = vlm.model([dataclasses.replace(inputs, ids=(*inputs.ids, *ids))])[len(inputs.ids) - 1 : -1]
+    return list(inputs.ids), logits.masked_fill(~vlm.vocabulary.allowed, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"presence_penalty": -0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+        {"frequency_penalty": 0.7, "logit_bias": {5: 1.5, 9: -100, 40: 2}},
+    ],
+)
+def test_greedy_answers_with_penalties_equal_sums_by_hand(tiny_of, asked):
+    """The answer's ids count and the prompt's do not; the repetition penalty's are both."""
+    vlm = tiny_of("next-mistral").vlm
+    plain = ids_of(vlm.generate(*requests()[1], raw=True, max_new_tokens=25))
+    reply = vlm.generate(*requests()[1], raw=True, max_new_tokens=25, **asked)
+    prompt, logits = replayed(vlm, *requests()[1], ids_of(reply))
+    for n, token in enumerate(reply.tokens):
+        seen = [*prompt, *ids_of(reply)[:n]]
+        scores = torch.tensor(shifted_by_hand(logits[n].tolist(), seen, len(prompt), Sampling(**asked)))
+        assert token.id == int(scores.argmax())
+        assert token.sampled_logprob == pytest.approx(scores.log_softmax(-1)[token.id].item(), abs=1e-4)
+    assert ids_of(reply) != plain
+
+
+def test_an_answer_that_repeats_itself_is_ended_by_a_frequency_penalty(tmp_path):
+    """One id is made the likeliest by far whatever came before it; each time it comes it costs two more."""
+    vlm = minivlm.load(tiny.make_tiny(tmp_path), device="cpu", dtype="float32", backend="sdpa")
+    decoder, favourite = vlm.model.language_model, vlm.processor.tokenizer.encode("cat", add_bos=False)[-1]
+
+    def favoured(_, args, logits):
+        logits[:, favourite] = logits.amax(-1) + 6
+        return logits
+
+    hook = decoder.lm_head.register_forward_hook(favoured)
+    settings = {"raw": True, "max_new_tokens": 40}
+    assert set(ids_of(vlm.generate("cat cat cat cat", **settings))) == {favourite}
+    assert set(ids_of(vlm.generate("cat cat cat cat", **settings, presence_penalty=2.0))) == {
+        favourite
+    }  # once is not 6
+    ids = ids_of(vlm.generate("cat cat cat cat", **settings, frequency_penalty=2.0))
+    assert ids[:3] == [favourite] * 3 and 3 <= ids.count(favourite) < 20  # those of the prompt cost nothing
+    assert max(len(list(run)) for _, run in itertools.groupby(ids)) <= 4
+    hook.remove()
+
+
+def test_a_bias_forbids_and_forces(tiny_of):
+    vlm = tiny_of("llava").vlm
+    first, *_ = ids_of(vlm.generate(*requests()[1], raw=True, max_new_tokens=1))
+    other = vlm.generate(*requests()[1], raw=True, max_new_tokens=12, logit_bias={first: -100})
+    assert first not in ids_of(other)
+    forced = vlm.generate(*requests()[1], raw=True, max_new_tokens=4, logit_bias={7: 100})
+    assert ids_of(forced) == [7] * 4 and all(token.sampled_logprob > -1e-6 > token.logprob for token in forced.tokens)
+    with pytest.raises(InputError, match=f"logit_bias: found id {vlm.vocabulary.size}, expected ids below"):
+        vlm.generate("the cat", logit_bias={vlm.vocabulary.size: 1})
+
+
+def test_typical_ids_are_drawn_from_transformers_typical_ids(tiny_of):
+    vlm = tiny_of("next-mistral").vlm
+    asked = {"typical_p": 0.3, "temperature": 1.2, "top_k": 30, "seed": 5}
+    reply = vlm.generate(*requests()[2], raw=True, max_new_tokens=20, **asked)
+    _, logits = replayed(vlm, *requests()[2], ids_of(reply))
+    scores = transformers_warpers(Sampling(**asked))(torch.zeros(1, 1, dtype=torch.long), logits)
+    expected = scores.log_softmax(-1).gather(1, torch.tensor(ids_of(reply))[:, None])[:, 0]
+    assert [token.sampled_logprob for token in reply.tokens] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert (scores.isfinite().sum(-1) < 30).any() and len(set(ids_of(reply))) > 3
 
 
 def test_prompt_longer_than_the_sliding_window(tmp_path):
@@ -289,9 +365,9 @@ def test_the_sampler_is_told_position_and_ids_of_each_row(tiny_of, monkeypatch):
     backend = decoder.backend
 
     def spied(allowed):
-        def spy(logits, samplings, positions, seen):
-            calls.append(list(zip(positions, [tuple(ids) for ids in seen], strict=True)))
-            return backend.sampler(allowed)(logits, samplings, positions, seen)
+        def spy(logits, samplings, positions, seen, bitmasks, starts):
+            calls.append(list(zip(positions, [tuple(ids) for ids in seen], starts, strict=True)))
+            return backend.sampler(allowed)(logits, samplings, positions, seen, bitmasks, starts)
 
         return spy
 
@@ -300,7 +376,8 @@ def test_the_sampler_is_told_position_and_ids_of_each_row(tiny_of, monkeypatch):
     for i, row in enumerate(rows):
         told = [call[i] for call in calls[: len(replies[i].tokens)]]
         answer = ids_of(replies[i])
-        assert told == [(len(row.inputs.ids) + n, (*row.inputs.ids, *answer[:n])) for n in range(len(answer))]
+        prompt = row.inputs.ids
+        assert told == [(len(prompt) + n, (*prompt, *answer[:n]), len(prompt)) for n in range(len(answer))]
 
 
 def test_ids_without_text_are_never_generated(tmp_path):

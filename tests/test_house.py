@@ -26,7 +26,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.rglob("*.py"))
 LEVELS = (
     "kernels",
     "errors",
-    "fields sampler",
+    "fields noise warpers",
+    "sampler",
     "ops",
     "processor merge connector decoder vision",
     "answer shards stages vlm",

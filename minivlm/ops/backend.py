@@ -131,14 +131,15 @@ def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
 def sampler(allowed: Tensor) -> Callable:
     """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices.
 
-    Its last argument may be bitmasks, int32 [B, ceil(V / 32)] on the CPU: row b may choose id i only if bit i % 32 of
-    word i // 32 is set as well.
+    Two arguments may follow. Bitmasks, int32 [B, ceil(V / 32)] on the CPU: row b may choose id i only if bit i % 32 of
+    word i // 32 is set as well. And where the rows' answers begin, see `sample`.
     """
 
-    def choose(logits: Tensor, samplings, positions, seen, bitmasks: Tensor | None = None) -> tuple[Choice, ...]:
-        if bitmasks is None:
-            return sample(logits, samplings, positions, seen, allowed)
-        return sample(logits, samplings, positions, seen, allowed & unpacked_bits(bitmasks, allowed))
+    def choose(
+        logits: Tensor, samplings, positions, seen, bitmasks: Tensor | None = None, starts: Sequence[int] | None = None
+    ) -> tuple[Choice, ...]:
+        mask = allowed if bitmasks is None else allowed & unpacked_bits(bitmasks, allowed)
+        return sample(logits, samplings, positions, seen, mask, starts)
 
     return choose
 

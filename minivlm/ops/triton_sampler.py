@@ -2,6 +2,9 @@
 
 One launch chooses for all rows, and one transfer brings what was chosen. The kernel reads every setting from tensors;
 what they mean, and what is an error, is said in minivlm/sampler.py.
+
+It has no typical_p, frequency_penalty, presence_penalty and logit_bias: rows that ask for any of them are chosen by the
+plain sampler, the others of the step by the kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +14,18 @@ from torch import Tensor
 
 from minivlm.errors import InputError, NumericError
 from minivlm.kernels.sampling import BROKEN, NOTHING_ALLOWED, sample
-from minivlm.sampler import Choice, Sampling
+from minivlm.ops import backend
+from minivlm.sampler import Choice, Sampling, require_finite
 
 
 def sampler(allowed: Tensor) -> Callable:
     """Chooses ids among the allowed, bool [V]: a function (logits [B, V], samplings, positions, seen) -> choices.
 
-    Its last argument may be bitmasks, int32 [B, ceil(V / 32)] on the CPU, and-ed with the allowed.
+    Two arguments may follow: bitmasks, int32 [B, ceil(V / 32)] on the CPU, and-ed with the allowed; and how many ids of
+    each row are its prompt, which only the plain sampler reads.
     """
     words = packed_bits(allowed)  # [ceil(V / 32)]
+    plain = backend.sampler(allowed)
 
     def choose(
         logits: Tensor,
@@ -27,6 +33,7 @@ def sampler(allowed: Tensor) -> Callable:
         positions: Sequence[int],
         seen: Sequence[Sequence[int]],
         bitmasks: Tensor | None = None,
+        starts: Sequence[int] | None = None,
     ) -> tuple[Choice, ...]:
         rows, vocabulary = logits.shape
         if allowed.shape != (vocabulary,):
@@ -40,21 +47,52 @@ def sampler(allowed: Tensor) -> Callable:
                 found = f"{bitmasks.dtype} {list(bitmasks.shape)}"
                 raise InputError(f"bitmasks: found {found}, expected torch.int32 {list(masks.shape)}")
             masks = masks & bitmasks.to(logits.device)
-        count = max((s.top_logprobs for s in samplings), default=0)
-        arguments = (*settings(samplings, positions, logits.device), penalised(samplings, seen, logits))
-        found = sample(logits, *arguments, masks, count)
-        ids, logprobs, sampled, top_ids, top_logprobs, errors = (result.tolist() for result in found)
-        for row, error in enumerate(errors):
-            if error:
-                _refuse(row, error, samplings[row], positions[row])
-        choices = []
-        for row, settings_of_row in enumerate(samplings):
-            pairs = list(zip(top_ids[row], top_logprobs[row], strict=True))[: settings_of_row.top_logprobs]
-            alternatives = tuple((i, value) for i, value in pairs if value > -torch.inf)
-            choices.append(Choice(ids[row], logprobs[row], sampled[row], alternatives))
-        return tuple(choices)
+        beyond = [row for row, sampling in enumerate(samplings) if sampling.typical_p is not None or sampling.shifted]
+        if not beyond:
+            return _fused(logits, samplings, positions, seen, masks)
+        require_finite(logits.amax(dim=-1).tolist(), positions)  # here, where row numbers are those of the step
+        arguments = _taken(beyond, logits, samplings, positions, seen, bitmasks, starts)
+        found = dict(zip(beyond, plain(*arguments), strict=True))
+        if others := [row for row in range(rows) if row not in found]:
+            arguments = _taken(others, logits, samplings, positions, seen, masks)
+            found |= zip(others, _fused(*arguments), strict=True)
+        return tuple(found[row] for row in range(rows))
 
     return choose
+
+
+def _taken(rows: list[int], *given: Tensor | Sequence | None) -> list:
+    """Some rows of each of the arguments; None stays None."""
+
+    def part(one: Tensor | Sequence | None) -> Tensor | list | None:
+        if one is None or isinstance(one, Tensor):
+            return None if one is None else one[rows]
+        return [one[row] for row in rows]
+
+    return [part(one) for one in given]
+
+
+def _fused(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    seen: Sequence[Sequence[int]],
+    masks: Tensor,
+) -> tuple[Choice, ...]:
+    """The kernel's choices; masks int32 [B, ceil(V / 32)]."""
+    count = max((s.top_logprobs for s in samplings), default=0)
+    arguments = (*settings(samplings, positions, logits.device), penalised(samplings, seen, logits))
+    found = sample(logits, *arguments, masks, count)
+    ids, logprobs, sampled, top_ids, top_logprobs, errors = (result.tolist() for result in found)
+    for row, error in enumerate(errors):
+        if error:
+            _refuse(row, error, samplings[row], positions[row])
+    choices = []
+    for row, settings_of_row in enumerate(samplings):
+        pairs = list(zip(top_ids[row], top_logprobs[row], strict=True))[: settings_of_row.top_logprobs]
+        alternatives = tuple((i, value) for i, value in pairs if value > -torch.inf)
+        choices.append(Choice(ids[row], logprobs[row], sampled[row], alternatives))
+    return tuple(choices)
 
 
 def packed_bits(allowed: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """OpenAI's requests and responses: chat and completions, each translated into TGI's parameters."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from minivlm.sampler import LARGEST_BIAS
 from minivlm.serve import tools as calls
 from minivlm.serve.errors import Refused, invalid
 from minivlm.serve.parameters import Form, Parameters, Rule, Schema, TextForm
 from minivlm.serve.tgi import SimpleToken, StreamResponse
 from minivlm.serve.tools import Choice, Tool
+
+MOST_BIASED = 1024  # every token of the answer costs time for each of them
 
 # ---- requests
 
@@ -76,7 +80,8 @@ class OpenAIRequest(Schema):
     temperature: Annotated[float | None, Rule("`temperature` must be 0, which is greedy, or positive", ge=0)] = None
     top_p: float | None = None
     frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    presence_penalty: Annotated[float | None, Rule("`presence_penalty` must be >= -2.0 and <= 2.0",
+                                                   ge=-2, le=2)] = None  # fmt: skip
     logit_bias: dict[str, float] | None = None
     n: Annotated[int | None, Rule("`n` must be > 0 and <= {max_best_of}. Given: {value}",
                                   gt=0, le="max_best_of")] = None  # fmt: skip
@@ -97,20 +102,43 @@ class OpenAIRequest(Schema):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def common(self) -> dict[str, Any]:
-        """The fields of `Parameters` that come from here. OpenAI samples at 1 unless told, and 0 is greedy."""
-        if self.presence_penalty:
-            raise invalid("`presence_penalty` is not supported, use `repetition_penalty`")
-        if self.logit_bias:
-            raise invalid("`logit_bias` is not supported")
+        """The fields of `ShiftedParameters` that come from here. OpenAI samples at 1 unless told, and 0 is greedy."""
         greedy = self.temperature == 0
         return {
             "temperature": None if greedy else self.temperature,
             "do_sample": not greedy,
             "top_p": None if greedy or self.top_p == 1 else self.top_p,
             "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": bias_of(self.logit_bias or {}),
             "seed": self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
         }
+
+
+def bias_of(asked: dict[str, float]) -> dict[int, float]:
+    """`logit_bias` by number. Raises 422 for the first that is none; what is beyond the vocabulary is told later."""
+    if len(asked) > MOST_BIASED:
+        raise invalid(f"`logit_bias`: found {len(asked)} ids, expected at most {MOST_BIASED}")
+    for key, value in asked.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,17}", key):
+            raise invalid(f"`logit_bias`: found the key {key[:20]!r}, expected the id of a token, a whole number")
+        if not -LARGEST_BIAS <= value <= LARGEST_BIAS:
+            expected = f"a number from {-LARGEST_BIAS} to {LARGEST_BIAS}"
+            raise invalid(f"`logit_bias` of {key}: found {value:g}, expected {expected}")
+    return {int(key): value for key, value in asked.items()}
+
+
+class ShiftedParameters(Parameters):
+    """TGI's terms, and what OpenAI's requests have beyond them."""
+
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+
+    @property
+    def shifts(self) -> dict[str, Any]:
+        """The fields of `Sampling` that add to scores."""
+        return super().shifts | {"presence_penalty": self.presence_penalty or 0.0, "logit_bias": self.logit_bias or {}}
 
 
 class ChatRequest(OpenAIRequest):
@@ -142,8 +170,8 @@ class ChatRequest(OpenAIRequest):
             schema = calls.schema_of(tools, may_talk=self.tool_choice in (None, "auto"))
             form = {"type": "json", "value": schema}
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return Parameters(**self.common(), max_new_tokens=limit, repetition_penalty=self.repetition_penalty,
-                          top_n_tokens=self.top_logprobs, grammar=form)  # fmt: skip
+        return ShiftedParameters(**self.common(), max_new_tokens=limit, repetition_penalty=self.repetition_penalty,
+                                 top_n_tokens=self.top_logprobs, grammar=form)  # fmt: skip
 
 
 class CompletionRequest(OpenAIRequest):
@@ -185,12 +213,12 @@ class CompletionRequest(OpenAIRequest):
         values |= {"max_new_tokens": limit, "return_full_text": self.echo or self.return_full_text}
         values["top_n_tokens"] = self.top_n_tokens if self.logprobs is None else self.logprobs
         if self.temperature == 0:
-            values["top_k"] = None
+            values["top_k"] = values["typical_p"] = None
         if self.do_sample is False:  # said, not left out: then greedy unless another parameter implies sampling
             values["do_sample"] = False
         if self.grammar is None:
             values["grammar"] = self.response_format
-        return Parameters(**values)
+        return ShiftedParameters(**values)
 
 
 # ---- responses

@@ -188,8 +188,6 @@ class Parameters(Schema):
              "`decoder_input_details` == true is not supported when streaming tokens"),
             ("" in (self.stop or []), "`stop` holds an empty string"),
             (self.watermark, "`watermark` is not supported"),
-            (self.frequency_penalty, "`frequency_penalty` is not supported, use `repetition_penalty`"),
-            (self.typical_p is not None, "`typical_p` is not supported, use `top_p`"),
             (self.adapter_id is not None, "`adapter_id` is not supported"),
         ):  # fmt: skip
             if broken:
@@ -198,7 +196,13 @@ class Parameters(Schema):
     @property
     def sampling(self) -> bool:
         """Whether ids are drawn: asked for, or implied by a parameter that matters only then."""
-        return bool(self.do_sample) or any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        implying = (self.temperature, self.top_k, self.top_p, self.typical_p)
+        return bool(self.do_sample) or any(value is not None for value in implying)
+
+    @property
+    def shifts(self) -> dict[str, Any]:
+        """The fields of `Sampling` that add to scores; OpenAI's requests have more of them."""
+        return {"frequency_penalty": self.frequency_penalty or 0.0}
 
     def options(self, number: int = 0) -> Options:
         """What the engine needs of them; number: which of several answers, each with a seed of its own."""
@@ -207,6 +211,7 @@ class Parameters(Schema):
             temperature = 1.0 if self.temperature is None else self.temperature
             seed = None if self.seed is None else (self.seed + number) % 2**64
             drawn = {"temperature": temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": seed}
+            drawn["typical_p"] = self.typical_p
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
-        sampling = Sampling(**drawn, repetition_penalty=penalty, top_logprobs=self.top_n_tokens or 0)
+        sampling = Sampling(**drawn, repetition_penalty=penalty, top_logprobs=self.top_n_tokens or 0, **self.shifts)
         return Options(sampling, self.max_new_tokens, tuple(self.stop or ()))

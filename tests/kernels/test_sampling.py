@@ -16,6 +16,7 @@ from warpers import transformers_warpers
 
 from minivlm import sampler
 from minivlm.kernels import sampling, sampling_stages
+from minivlm.noise import WORD, gumbel_noise, gumbel_of_bits, philox4x32
 from minivlm.sampler import Sampling
 
 EDGE = 2.0**-18  # the stated rounding of a boundary, as a share of what is compared
@@ -321,7 +322,7 @@ def test_scores_closer_than_float32_noise_are_told_apart(device: torch.device):
     rows = 48
     logits = torch.zeros(rows, 2)
     for row in range(rows):
-        noise = sampler.gumbel_noise(1, row, torch.arange(2))
+        noise = gumbel_noise(1, row, torch.arange(2))
         logits[row, row % 2] = float(noise[1 - row % 2] - noise[row % 2])
     samplings = [Sampling(seed=1)] * rows
     found = run(device, arguments(logits, samplings, list(range(rows))))
@@ -353,15 +354,15 @@ def test_noise_is_the_plain_samplers_to_both_ends_of_64_bits(device: torch.devic
     moved = [x.to(device) for x in (high, low, narrow, wide, *key, words)]
     _noises[(1,)](*moved, N=n)
     narrow, wide, words = (moved[i].cpu() for i in (2, 3, 6))
-    exact = sampler.gumbel_of_bits(high, low)
+    exact = gumbel_of_bits(high, low)
     assert exact.max() > 45 and exact.min() < -3.5
     assert (wide - exact).abs().max() < 1e-11
     sound = exact > -2.9  # below, float64 itself has lost the bits of 1 - v
     assert ((narrow - exact).abs() < 2.0**-21 * exact.abs().clamp(min=2))[sound].all()
     assert (narrow - exact).abs().max() < 0.2 and narrow.isfinite().all()
-    c0, c1, _, _ = sampler.philox4x32(
-        (torch.arange(n), *(torch.full((n,), x) for x in (position & sampler.WORD, position >> 32 & sampler.WORD, 0))),
-        (seed & sampler.WORD, seed >> 32 & sampler.WORD),
+    c0, c1, _, _ = philox4x32(
+        (torch.arange(n), *(torch.full((n,), x) for x in (position & WORD, position >> 32 & WORD, 0))),
+        (seed & WORD, seed >> 32 & WORD),
     )
     assert torch.equal(words, c0 * 2**32 + c1)
 

@@ -74,6 +74,14 @@ def test_bitmasks_are_added_to_what_is_allowed(backend, v):
     assert backend.sampler(allowed)(*arguments) == sample(*arguments, allowed)
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_samplers_are_told_where_answers_begin(backend):
+    logits, asked, seen = torch.zeros(2, 3), [Sampling(presence_penalty=1)] * 2, [(0, 1), (0, 1)]
+    choose_ids = backend.sampler(torch.ones(3, dtype=torch.bool))
+    assert [choice.id for choice in choose_ids(logits, asked, [2, 2], seen, None, [1, 0])] == [0, 2]
+    assert [choice.id for choice in choose_ids(logits, asked, [2, 2], seen)] == [2, 2]
+
+
 def test_bitmasks_that_do_not_fit_are_refused():
     choose_ids = BACKENDS["reference"].sampler(torch.ones(33, dtype=torch.bool))
     for wrong in (torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32)):

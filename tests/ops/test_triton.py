@@ -34,6 +34,7 @@ if checks.interpreted():
 
     bf16.install()
 
+from minivlm.kernels.sampling import sample as kernel  # noqa: E402
 from minivlm.ops import triton, triton_attention, triton_sampler  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, interpreting: exp(100) is inf
@@ -347,6 +348,56 @@ def test_the_fused_sampler_reads_bitmasks_as_the_plain_one_does(device):
         assert ours.sampled_logprob == pytest.approx(theirs.sampled_logprob, abs=1e-5)
     with pytest.raises(InputError, match=r"bitmasks: found torch.int32 \[3, 3\], expected torch.int32 \[3, 4\]"):
         triton_sampler.sampler(allowed.to(device))(logits.to(device), *arguments, words[:, :3])
+
+
+BEYOND = [  # what the kernel does not have
+    Sampling(typical_p=0.3, temperature=1.5, seed=8, top_logprobs=3),
+    Sampling(frequency_penalty=1.5),
+    Sampling(presence_penalty=-2, temperature=2.0, seed=1),
+    Sampling(logit_bias={3: 4.5, 90: -100}, top_logprobs=2),
+]
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_rows_beyond_the_kernel_are_the_plain_samplers_beside_rows_of_the_kernel(masked, device, monkeypatch):
+    generator, fused = torch.Generator().manual_seed(3), []
+    logits, allowed = 3 * torch.randn(7, 97, generator=generator), torch.rand(97, generator=generator) < 0.8
+    allowed[[1, 3, 5]] = True
+    words = torch.stack([triton_sampler.packed_bits(row) for row in torch.rand(7, 97, generator=generator) < 0.6])
+    kernels = [Sampling(), Sampling(temperature=0.9, seed=5, top_logprobs=1), Sampling(repetition_penalty=1.4)]
+    samplings = [kernels[0], BEYOND[0], BEYOND[1], kernels[1], BEYOND[2], kernels[2], BEYOND[3]]
+    best = logits.argmax(-1).tolist()
+    arguments = (samplings, [4, 5, 6, 7, 8, 9, 10], [(1, 2, one, one) for one in best], words if masked else None)
+    monkeypatch.setattr(triton_sampler, "sample", lambda *given: fused.append(len(given[0])) or kernel(*given))
+    starts = [2, 3, 2, 4, 2, 2, 1]
+    found = triton_sampler.sampler(allowed.to(device))(logits.to(device), *arguments, starts)
+    plain = REFERENCE.sampler(allowed)(logits, *arguments, starts)
+    assert fused == [3]
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.id == theirs.id and [i for i, _ in ours.alternatives] == [i for i, _ in theirs.alternatives]
+        numbers = [[c.logprob, c.sampled_logprob] for c in (ours, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+    only = slice(1, 3)
+    arguments = [None if given is None else given[only] for given in (*arguments, starts)]
+    assert [c.id for c in triton_sampler.sampler(allowed.to(device))(logits[only].to(device), *arguments)] == [
+        choice.id for choice in plain[only]
+    ]
+    assert fused == [3]  # nothing was left for the kernel
+    broken = logits.clone()
+    broken[1, 5] = torch.nan
+    with pytest.raises(NumericError, match="logits of row 1, position 6"):
+        triton_sampler.sampler(allowed.to(device))(broken.to(device), [kernels[0], BEYOND[1]] + samplings[2:],
+                                                   [4, 6, 6, 7, 8, 9, 10], [()] * 7)  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", BEYOND)
+def test_an_answer_beyond_the_kernel_is_the_plain_samplers(asked, tiny_of, device):
+    ours, plain = pair_of(tiny_of("next-mistral").folder, device)
+    settings = dataclasses.asdict(asked) | {"max_new_tokens": 6, "raw": True}
+    found, expected = (vlm.generate("the cat is what", **settings).tokens for vlm in (ours, plain))
+    assert [token.id for token in found] == [token.id for token in expected]
+    sampled = [[token.sampled_logprob for token in tokens] for tokens in (found, expected)]
+    assert sampled[0] == pytest.approx(sampled[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("v", (1, 31, 32, 33, 97))

@@ -255,6 +255,10 @@ def test_completions(client, vlm):
     assert logprobs.text_offset == [len(prompt), len(answer.choices[0].text)]
     assert [next(iter(one)) for one in logprobs.top_logprobs] == logprobs.tokens
     assert logprobs.token_logprobs[0] == pytest.approx(known.tokens[0].logprob, abs=0.05)
+    greedy = client.completions.create(
+        model="m", prompt=prompt, temperature=0, extra_body={"typical_p": 0.01, "top_k": 9}
+    )
+    assert greedy.choices[0].text == known.text  # 0 is greedy, whatever is beside it
     several = client.completions.create(model="m", prompt=[prompt, "[INST] What is it? [/INST]"], temperature=0)
     assert [choice.index for choice in several.choices] == [0, 1] and several.choices[0].text == known.text
     picture = client.completions.create(model="m", prompt=f"![]({DATA_URI})", temperature=0, max_tokens=3)
@@ -298,9 +302,75 @@ def refused(server, **fields):
     return answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_penalties_are_the_pipelines_own(client, vlm, stream):
+    """Greedy among four shapes, so that the answers are known, and what each penalty does is seen."""
+    words = ("circle", "star", "cross", "heart")
+    bias = {vlm.processor.tokenizer.encode(word, add_bos=False)[-1]: 60 for word in words}
+    settings, told = {"max_new_tokens": 12, "logit_bias": bias}, set()
+    asked = {"model": "m", "temperature": 0, "max_tokens": 12, "logit_bias": {str(i): 60 for i in bias}}
+    question, prompt = "Describe the picture.", "[INST] Is it red? [/INST]"
+    for penalties in ({}, {"presence_penalty": 2}, {"presence_penalty": -2.0}, {"frequency_penalty": 2.0},
+                      {"presence_penalty": 1.5, "frequency_penalty": 0.5}):  # fmt: skip
+        known = vlm.generate(question, [SAMPLE], **settings, **penalties).text
+        told.add(known)
+        answer = client.chat.completions.create(messages=ask(question, DATA_URI), **asked, **penalties, stream=stream)
+        if stream:
+            assert "".join(chunk.choices[0].delta.content for chunk in answer) == known
+        else:
+            assert answer.choices[0].message.content == known
+        answer = client.completions.create(prompt=prompt, **asked, **penalties, stream=stream)
+        text = "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+        assert text == vlm.generate(prompt, raw=True, **settings, **penalties).text
+    assert len(told) == 5
+
+
+def test_a_bias_forbids_and_forces(client, vlm):
+    known = vlm.generate("Describe the picture.", [SAMPLE])
+    first, word = known.tokens[0].id, vlm.processor.tokenizer.encode("circle", add_bos=False)[-1]
+    arguments = {"model": "m", "messages": ask("Describe the picture.", DATA_URI), "temperature": 0, "max_tokens": 4}
+    other = client.chat.completions.create(**arguments, logit_bias={str(first): -100})
+    settings = {"max_new_tokens": 4, "logit_bias": {first: -100}}
+    assert other.choices[0].message.content == vlm.generate("Describe the picture.", [SAMPLE], **settings).text
+    assert not known.text.startswith(other.choices[0].message.content)
+    arguments |= {"logit_bias": {str(word): 100}, "logprobs": True}
+    for more in ({}, {"temperature": 1.5, "seed": 1}):
+        choice = client.chat.completions.create(**arguments | more).choices[0]
+        tokens = choice.logprobs.content
+        assert choice.finish_reason == "length" and [token.token.strip() for token in tokens] == ["circle"] * 4
+        assert min(token.logprob for token in tokens) < -1  # of the model's own distribution
+    text = client.completions.create(model="m", prompt="Hi", logit_bias={str(word): 100}, max_tokens=3).choices[0].text
+    assert text.split() == ["circle"] * 3
+    form = {"type": "regex", "value": "no"}
+    forced = client.chat.completions.create(**arguments, extra_body={"response_format": form})
+    assert forced.choices[0].message.content == "no"  # a grammar allows, a bias only adds
+
+
+@pytest.mark.parametrize("path, asked", [
+    ("/v1/chat/completions", {"messages": ask("Hi")}), ("/v1/completions", {"prompt": "Hi", "stream": True}),
+    ("/invocations", {"messages": ask("Hi")})
+])  # fmt: skip
+@pytest.mark.parametrize("fields, message", [
+    ({"presence_penalty": 2.1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"presence_penalty": -2.1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"logit_bias": {"5": 100.5}}, "`logit_bias` of 5: found 100.5, expected a number from -100 to 100"),
+    ({"logit_bias": {"5": -101}}, "`logit_bias` of 5: found -101, expected a number from -100 to 100"),
+    ({"logit_bias": {"cat": 1}}, "`logit_bias`: found the key 'cat', expected the id of a token, a whole number"),
+    ({"logit_bias": {"05": 1}}, "`logit_bias`: found the key '05', expected"),
+    ({"logit_bias": {"-5": 1}}, "`logit_bias`: found the key '-5', expected"),
+    ({"logit_bias": {"٥": 1}}, "`logit_bias`: found the key '٥', expected"),
+    ({"logit_bias": {"9" * 5000: 1}}, "`logit_bias`: found the key '99999999999999999999', expected"),
+    ({"logit_bias": {"5": 1, "719": 1}}, "logit_bias: found id 719, expected ids below 719, the vocabulary's size"),
+    ({"logit_bias": dict.fromkeys(map(str, range(1025)), 0)}, "`logit_bias`: found 1025 ids, expected at most 1024"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias.5: Input should be a valid number"),
+])  # fmt: skip
+def test_penalties_and_biases_out_of_range(server, path, asked, fields, message):
+    answer = server.post(path, asked | fields)
+    assert answer.status_code == 422 and message in answer.text and len(answer.text) < 600, answer.text
+
+
 def test_what_is_not_done_is_refused_not_ignored(server):
-    assert "`presence_penalty` is not supported" in refused(server, presence_penalty=1)
-    assert "`logit_bias` is not supported" in refused(server, logit_bias={"5": 1})
     assert "`n` must be > 0 and <= 2. Given: 3" in refused(server, n=3)
     assert "expected `logprobs` to be true" in refused(server, top_logprobs=2)
     assert server.post("/v1/chat/completions", {"messages": ask("Hi"), "presence_penalty": 0, "frequency_penalty": 0,

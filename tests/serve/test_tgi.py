@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 
+import huggingface_hub
 import pytest
 from serving import DATA_URI, SAMPLE
 
@@ -130,6 +131,32 @@ def test_sampling_is_asked_for_or_implied_and_follows_its_seed(server):
     assert all(math.isclose(token["logprob"], 0, abs_tol=1e-6) for token in sampled["tokens"])
 
 
+def test_a_frequency_penalty_is_the_pipelines_own(server, vlm, reply):
+    """Greedy, so that the answer is known; the prompt's tokens do not count."""
+    known = vlm.generate(QUESTION, [SAMPLE], raw=True, frequency_penalty=2.0, max_new_tokens=30)
+    assert known.text != reply.text
+    client = huggingface_hub.InferenceClient(base_url=server.url)
+    asked = {"frequency_penalty": 2.0, "max_new_tokens": 30, "details": True}
+    answer = client.text_generation(INPUTS, **asked)
+    assert answer.generated_text == known.text and answer.details.seed is None
+    assert [token.id for token in answer.details.tokens] == [token.id for token in known.tokens]
+    *_, last = client.text_generation(INPUTS, **asked, stream=True)
+    assert last.generated_text == known.text
+
+
+def test_typical_p_implies_sampling(server):
+    client = huggingface_hub.InferenceClient(base_url=server.url)
+    asked = {"max_new_tokens": 8, "details": True}
+    answer = client.text_generation(INPUTS, **asked, typical_p=0.9)
+    assert answer.details.seed is not None
+    again = client.text_generation(INPUTS, **asked, typical_p=0.9, seed=answer.details.seed)
+    assert again.generated_text == answer.generated_text
+    single = client.text_generation(INPUTS, **asked, typical_p=1e-6, temperature=3.0)  # one token is the most typical
+    assert all(math.isclose(token.logprob, 0, abs_tol=1e-6) for token in single.details.tokens)
+    drawn = {client.text_generation(INPUTS, **asked, typical_p=0.999, temperature=3.0).generated_text for _ in range(4)}
+    assert len(drawn) > 1
+
+
 def test_absent_parameters_mean_sampling(server):
     """As in TGI: without `parameters` ids are drawn, with `{}` the best is taken."""
     assert server.post("/generate", {"inputs": INPUTS}).status_code == 200
@@ -235,12 +262,11 @@ RULES = [
     ({"temperature": -1.5}, "`temperature` must be strictly positive"),
     ({"repetition_penalty": 0}, "`repetition_penalty` must be strictly positive"),
     ({"frequency_penalty": 2.5}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-    ({"frequency_penalty": 0.5}, "`frequency_penalty` is not supported"),
     ({"top_k": 0}, "`top_k` must be strictly positive"),
     ({"top_p": 0}, "`top_p` must be > 0.0 and < 1.0"),
     ({"top_p": 1.0}, "`top_p` must be > 0.0 and < 1.0"),
     ({"typical_p": 1}, "`typical_p` must be > 0.0 and < 1.0"),
-    ({"typical_p": 0.5}, "`typical_p` is not supported"),
+    ({"typical_p": 0}, "`typical_p` must be > 0.0 and < 1.0"),
     ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
     ({"max_new_tokens": 5000}, "`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 2 `inputs` tokens and 5000"),
     ({"best_of": 0}, "`best_of` must be > 0 and <= 2. Given: 0"),
