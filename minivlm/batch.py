@@ -2,9 +2,9 @@
 Orca).
 
 A step is one packed forward of every running row's last id and, where rows are joining, of at most `chunk` positions
-of their prompts (Agrawal et al. 2023, SARATHI), so a long prompt delays the others by a chunk and not by its length.
-A row whose prompt is done gets its first token in the same step. Rows that end leave at once: no step computes
-anything for them. Gradients are switched off here, and nowhere in the model.
+of their prompts (Agrawal et al. 2023, SARATHI), so a long prompt delays running rows by a chunk and not by its
+length; prompts behind it wait for all of it. A row whose prompt is done gets its first token in the same step. Rows
+that end leave at once: no step computes anything for them. Gradients are switched off here, and nowhere in the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence

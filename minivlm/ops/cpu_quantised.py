@@ -1,7 +1,8 @@
 """Products with quantised weights on a CPU, for the backend `cpu`: joined layers of one input, their weights packed.
 
 - int8: the activations are quantised too, each row of them to 127 steps of its own largest value, when they come; the
-  product is of integers, exact, and then scaled. So a row's result does not depend on the rows beside it.
+  product is of integers, exact, and then scaled. So a row's result depends on the rows beside it by rounding alone,
+  which may take a number that lies between two steps to either.
 - int4: only the weights. Up to FEW rows go through PyTorch's product of packed nibbles, more through the weight
   widened for the moment, which is faster then.
 

@@ -264,8 +264,13 @@ class Engine:
             self._join(work)
 
     def _run_encoder(self) -> None:
-        while self.pictures.wait():
-            self._encode(max(self.tiles, TILES_APART))
+        try:
+            while self.pictures.wait():
+                self._encode(max(self.tiles, TILES_APART))
+        finally:  # without it nobody would be told who waits for a picture
+            with self._changed:
+                self._hurry = True
+                self._changed.notify()
 
     def _encode(self, tiles: int) -> None:
         """A few tiles; in the encoder's thread, if there is one."""

@@ -125,7 +125,7 @@ def bias_of(asked: dict[str, float]) -> dict[int, float]:
             raise invalid(f"`logit_bias`: found the key {key[:20]!r}, expected the id of a token, a whole number")
         if not -LARGEST_BIAS <= value <= LARGEST_BIAS:
             expected = f"a number from {-LARGEST_BIAS} to {LARGEST_BIAS}"
-            raise invalid(f"`logit_bias` of {key}: found {value:g}, expected {expected}")
+            raise invalid(f"`logit_bias` of {key}: found {value:.12g}, expected {expected}")
     return {int(key): value for key, value in asked.items()}
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minivlm.errors import InputError
+from minivlm.ops.cpu import QUANTISED
 from minivlm.pipeline import Pipeline
 from minivlm.serve.app import create_app
 from minivlm.serve.engine import Engine
@@ -154,6 +155,7 @@ def _apart(pipeline: Pipeline) -> bool:
     """
     decoder = pipeline.model.language_model
     weights = sum(parameter.nbytes for parameter in decoder.parameters())
+    weights += sum(module.weight.nbytes for module in decoder.modules() if isinstance(module, QUANTISED))
     return decoder.embed_tokens.weight.device.type == "cpu" and weights <= SMALL
 
 

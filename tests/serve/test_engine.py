@@ -15,7 +15,7 @@ from engines import QUESTIONS, alone, asked, assert_same, job, run, running, tok
 import minivlm
 from minivlm.errors import InputError, NumericError
 from minivlm.sampler import Sampling
-from minivlm.serve.engine import Engine, Failed, Step
+from minivlm.serve.engine import Closed, Engine, Failed, Step
 from minivlm.serve.grammar import compile_grammar
 
 
@@ -285,3 +285,18 @@ def test_who_leaves_while_its_picture_is_encoded_leaves_nothing(vlm):
         run(test)
     finally:
         hook.remove()
+
+
+def test_an_encoder_that_dies_ends_the_engine(vlm, monkeypatch):
+    """Nothing hangs, whatever happens to its thread."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    async def test() -> None:
+        async with running(vlm, apart=True) as engine:
+            engine.pictures.encode = lambda most: 1 / 0
+            with pytest.raises(Closed):
+                await tokens_of(engine.submit(job(asked(vlm, 1))))
+            with pytest.raises(Closed):
+                engine.submit(job(asked(vlm, None)))
+
+    run(test)
