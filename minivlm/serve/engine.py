@@ -30,7 +30,7 @@ from minivlm.serve.slots import Pictured, Slots
 __all__ = ["Answer", "Closed", "Engine", "EngineState", "Failed", "Job", "Overloaded", "Step"]
 
 TILES_AT_REST = 8  # encoded at once while no row waits for its next token: more than one picture has
-TILES_APART = 16  # by a thread of its own: a tile of 16 takes three quarters of the time of a tile of 4
+TILES_APART = 16  # by a thread of its own: of the shipped checkpoint's, a tile takes 2.0 ms then, 2.3 of 8, 4.5 alone
 
 
 class Work:
