@@ -1,9 +1,8 @@
 """What the C library does with freed memory: here, keep it.
 
 glibc gives a large buffer back to the system as soon as it is freed, and gets the next one page by page: every operator
-of a forward pass then writes to new pages. For 512 positions of the shipped checkpoint's
-decoder, or 8 tiles of its tower, that was 2,000 to 10,000 page faults and a quarter to two fifths of the time; with the
-memory kept it is none.
+of a forward pass then writes to new pages. For 512 positions of the shipped checkpoint's decoder, or 8 tiles of its
+tower, that was 2,000 to 10,000 page faults and a quarter to two fifths of the time; with the memory kept it is none.
 """
 
 import ctypes
