@@ -28,12 +28,12 @@ print((faults() - before) / 10)
 
 @pytest.mark.skipif(not keep_freed(), reason="the C library is not glibc")
 def test_buffers_are_not_given_back():
-    """Half of what is asked for, at least, is new pages where nothing is said, so that there is something to keep."""
+    """What comes back where nothing is said depends on the system's pages and on what malloc has seen: 1,000 faults a
+    round, or 20,000."""
     found = {
         how: float(
             subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout
         )
         for how in ("keep", "default")
     }
-    pages = 2 * 50 * 2**20 / 4096
-    assert found["keep"] < 100 and found["default"] > pages / 2, found
+    assert found["keep"] < 20 and found["keep"] <= found["default"], found
