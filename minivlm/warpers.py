@@ -31,10 +31,16 @@ def check_bias(bias: Bias, vocabulary: int) -> None:
 
 def without_repetition(scores: torch.Tensor, seen: Sequence[Collection[int]], penalty: float) -> torch.Tensor:
     """Every id of a row's `seen` made less likely, once however often it occurs. By 2: 3 -> 1.5, -3 -> -6."""
-    occurs = torch.zeros_like(scores, dtype=torch.bool)
-    for row, of_row in enumerate(seen):
-        occurs[row, _scored(set(of_row), scores.shape[-1])] = True
+    occurs = occurring(seen, scores.shape[-1]).to(scores.device)
     return torch.where(occurs, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def occurring(seen: Sequence[Collection[int]], vocabulary: int) -> torch.Tensor:
+    """bool [B, V] on the CPU: which of the ids that have a score stand in each row's `seen`."""
+    occurs = torch.zeros(len(seen), vocabulary, dtype=torch.bool)
+    for row, of_row in enumerate(seen):
+        occurs[row, _scored(set(of_row), vocabulary)] = True
+    return occurs
 
 
 def without_frequent(

@@ -29,9 +29,13 @@ Attend = Callable[[int, Tensor], Tensor]  # (number of the layer, q [.., H, C]) 
 
 @dataclass
 class Seen:
-    """What packed rows see: the first `singles` of them bring one query each, `rest` are the others."""
+    """What packed rows see: the first `singles` of them bring one query each, `rest` are the others.
+
+    places: int64 [2, singles], the slot and the position of each single query.
+    """
 
     singles: int
+    places: Tensor
     rest: Rows
     sights: tuple[tuple[plain.Sight, ...], ...]  # of all rows
     window: int | None
@@ -42,7 +46,8 @@ def sight(rows: Rows, window: int | None, device) -> Seen:
     """What each row's queries may see, worked out once for all layers."""
     singles = len(list(takewhile(lambda n: n == 1, rows.lengths)))
     rest = Rows(rows.lengths[singles:], rows.starts[singles:], rows.slots[singles:], rows.segments[singles:])
-    return Seen(singles, rest, plain.sight(rows, window, device), window)
+    places = torch.tensor((rows.slots[:singles], rows.starts[:singles]), dtype=torch.int64, device="cpu")
+    return Seen(singles, places, rest, plain.sight(rows, window, device), window)
 
 
 def attention(
@@ -59,14 +64,14 @@ def attention(
     q, k, n = rotate(q, *rope), rotate(k, *rope), seen.singles
     if cache is None or n == 0:
         return plain.attend_rows(attend, q, k, v, rows, seen.sights, cache, layer)
-    slots, starts = rows.slots[:n], rows.starts[:n]
-    if max(starts) >= cache.capacity:
-        raise ValueError(f"position {max(starts)} does not fit in a cache of {cache.capacity} positions")
     if seen.attend is None:
+        slots, starts = rows.slots[:n], rows.starts[:n]
+        if max(starts) >= cache.capacity:
+            raise ValueError(f"position {max(starts)} does not fit in a cache of {cache.capacity} positions")
         seen.attend = SingleQueries(cache, q.shape[1], seen.window).of(slots, starts)
-    places = torch.tensor(slots, device="cpu"), torch.tensor(starts, device="cpu")
-    cache.keys[layer].transpose(1, 2)[places] = k[:n]
-    cache.values[layer].transpose(1, 2)[places] = v[:n]
+    slots, positions = seen.places
+    cache.keys[layer].transpose(1, 2)[slots, positions] = k[:n]
+    cache.values[layer].transpose(1, 2)[slots, positions] = v[:n]
     heads = seen.attend(layer, q[:n]).view(n, -1)
     if n == len(q):
         return heads

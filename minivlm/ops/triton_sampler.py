@@ -16,6 +16,7 @@ from minivlm.errors import InputError, NumericError
 from minivlm.kernels.sampling import BROKEN, NOTHING_ALLOWED, sample
 from minivlm.ops import backend
 from minivlm.sampler import Choice, Sampling, require_finite
+from minivlm.warpers import occurring
 
 
 def sampler(allowed: Tensor) -> Callable:
@@ -127,14 +128,8 @@ def penalised(samplings: Sequence[Sampling], seen: Sequence[Sequence[int]], logi
     """bool [B, V]: the ids so far of rows with a repetition penalty; None where no row has one."""
     if all(s.repetition_penalty == 1 for s in samplings):
         return None
-    table = torch.zeros(logits.shape, dtype=torch.bool)
-    for row, (sampling, ids) in enumerate(zip(samplings, seen, strict=True)):
-        if sampling.repetition_penalty != 1:
-            ids = sorted(set(ids))
-            if ids and ids[0] < 0:
-                raise InputError(f"seen: found id {ids[0]}, expected ids of at least 0")
-            table[row, [token_id for token_id in ids if token_id < logits.shape[1]]] = True
-    return table.to(logits.device)
+    read = [ids if s.repetition_penalty != 1 else () for s, ids in zip(samplings, seen, strict=True)]
+    return occurring(read, logits.shape[1]).to(logits.device)
 
 
 def _refuse(row: int, error: int, sampling: Sampling, position: int) -> None:

@@ -49,7 +49,7 @@ class Work:
 
 class Engine:
     """Answers jobs, many at a time; each gets the answer that it would get alone: its very ids in float32; in bfloat16
-    up to rounding, which depends on how many rows a step has."""
+    and with quantised weights up to rounding, which depends on how many rows a step has."""
 
     def __init__(
         self,
@@ -286,9 +286,9 @@ class Engine:
         for picture in encoded:
             for work in picture.users:
                 if self._works.get(work.slot) is work:  # it may have left meanwhile
-                    self._guarded(work, self._look, work, picture)
+                    self._guarded(work, self._provide, work, picture)
 
-    def _look(self, work: Work, picture: Encoded) -> None:
+    def _provide(self, work: Work, picture: Encoded) -> None:
         if isinstance(picture.tokens, Exception):
             raise picture.tokens
         work.tokens[picture.key] = picture.tokens

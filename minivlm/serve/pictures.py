@@ -146,7 +146,7 @@ class Pictures:
         with self._changed:
             for key, waiting in list(self._waiting.items()):
                 result = waiting.tokens if error is None else error
-                if result is None or not any(waiting is one for one in some):
+                if result is None or waiting not in some:
                     continue
                 del self._waiting[key]
                 over.append(Encoded(key, result, waiting.users))
