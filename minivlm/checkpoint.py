@@ -18,7 +18,7 @@ import torch
 
 from minivlm.errors import InputError
 from minivlm.filling import EMBEDDING, HEAD, STORED_DTYPES, Filling, Unfilled, nbytes
-from minivlm.ops import cpu
+from minivlm.ops import joined
 from minivlm.ops.backend import Backend
 from minivlm.processor.tokens import read_json
 from minivlm.quantisation import STORED, LogitChange, quantise_while_filling
@@ -225,7 +225,7 @@ def save(
     named = [name for name, value in DTYPES.items() if value == dtype]
     if not named:
         raise InputError(f"the model is {dtype}, expected one of {', '.join(DTYPES)} to save it")
-    if cpu.quantised(model):
+    if joined.quantised(model):
         raise InputError("the model's weights were quantised while loading, expected weights as stored to save it")
     if config_values is None:
         config_values = to_hf(model.config)
@@ -238,8 +238,8 @@ def save(
         write_json(part / "config.json", config_values)
         if generation_values:
             write_json(part / "generation_config.json", generation_values)
-        # A tied head is the embedding itself, and `cpu.weights` names it once.
-        write_tensors(part, ((published_name(name), tensor) for name, tensor in cpu.weights(model)), shard_bytes)
+        # A tied head is the embedding itself, and `joined.weights` names it once.
+        write_tensors(part, ((published_name(name), tensor) for name, tensor in joined.weights(model)), shard_bytes)
 
 
 def to_hf(config: VLMConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from test_published import expand
 
 import minivlm
 from minivlm.checkpoint import published_name
-from minivlm.ops.cpu import weights
+from minivlm.ops.joined import weights
 from minivlm.processor.prompts import TEMPLATES
 
 PUBLISHED = Path(__file__).parent / "published" / "llava-v1.6-mistral-7b-hf.json"

@@ -8,11 +8,10 @@
 - The query heads of a group stand as query rows, so a step reads a cached key once and not once a query head.
 - Rotary angles are looked up.
 
-Joined and packed weights have no gradient. They are made module by module and each original is dropped at once, so
-there is never a second copy of the weights; a head that is tied to the embeddings is not packed, which would copy it.
+Joined and packed weights have no gradient. A head that is tied to the embeddings is not packed, which would copy it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 
 import torch
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from minivlm.errors import InputError
+from minivlm.ops import joined
 from minivlm.ops.cpu_memory import keep_freed
 from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
 from minivlm.ops.cpu_shapes import of_rounded, padded
-from minivlm.ops.joined import GROUPS, joined
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear
 from minivlm.ops.rope import rope_table
@@ -31,7 +30,6 @@ from minivlm.ops.rows import Rows
 
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
 MANY = 32  # rows from which on plain weights are multiplied layer by layer
-LINEAR, QUANTISED = (nn.Linear, QuantisedLinear), (QuantisedLinear, QuantisedGroup)
 # Weights of at most so many numbers and without a bias are not packed but lie by columns. In 16 bits one row's product
 # is then the sum of the columns, weighted by the row, which is what embedding_bag computes, and up to BAGS rows have a
 # bag each; oneDNN spends 15 us on any product before it begins. Microseconds packed / as a vector / by columns, Intel
@@ -131,17 +129,14 @@ def _bags(count: int, size: int) -> tuple[Tensor, Tensor]:
 # ---- joined linear layers
 
 
-class Group(nn.Module):
-    """Linear layers of one input as one product, their weights one above the other: [N_1 + N_2 + .., K]."""
+class Group(joined.Group):
+    """Layers of one input as one product, its weight packed or plain."""
 
     def __init__(self, linears: Sequence[nn.Linear], packed: bool):
-        super().__init__()
-        self.packed, self.sizes = packed, [linear.out_features for linear in linears]
-        self.inputs = linears[0].in_features
-        weight = _joined([linear.weight for linear in linears])
-        self.weight = nn.Parameter(_reordered(weight), requires_grad=False) if packed else weight
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.bias = _joined(biases) if biases else None
+        super().__init__(linears)
+        self.packed = packed
+        if packed:
+            self.weight = nn.Parameter(_reordered(self.weight), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
@@ -152,7 +147,7 @@ class Group(nn.Module):
         """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
         whole in memory, which saves more than one product costs."""
         if self.packed or x.numel() < MANY * x.shape[-1] or x.requires_grad:
-            return self(x).split(self.sizes, dim=-1)
+            return super().parts(x)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         weights = zip(self.weight.split(self.sizes), biases, strict=True)
         if x.dim() != 2 or x.dtype == torch.float32:
@@ -160,69 +155,16 @@ class Group(nn.Module):
         more = padded(x)
         return tuple(linear(more, *weight)[: len(x)] for weight in weights)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Nothing: the layers save their own weights, under the checkpoint's names."""
-
-
-def _joined(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    """One alone stays the parameter that it is; several become one of their rows, if they are not that already."""
-    if len(parameters) == 1:
-        return parameters[0]
-    tensors = [parameter.detach() for parameter in parameters]
-    whole = joined(tensors)
-    return nn.Parameter(torch.cat(tensors) if whole is None else whole, requires_grad=False)
-
-
-class GroupedLinear(nn.Module):
-    """What stands in the place of an nn.Linear: layer number `index` of a group."""
-
-    def __init__(self, group: Group | QuantisedGroup, index: int):
-        super().__init__()
-        self.group, self.index = group, index
-        self.out_features, self.in_features = group.sizes[index], group.inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.group(x)
-        return out if len(self.group.sizes) == 1 else out.split(self.group.sizes, dim=-1)[self.index]
-
-    @property
-    def weight(self) -> Tensor:
-        """[N, K] in the usual order, bit for bit what was loaded; a copy where it was packed or joined."""
-        if not self.group.packed and len(self.group.sizes) == 1:
-            return self.group.weight
-        weight = self.group.weight.to_dense() if self.group.packed else self.group.weight
-        return weight.split(self.group.sizes)[self.index].clone(memory_format=torch.contiguous_format)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[N]"""
-        return None if self.group.bias is None else self.group.bias.split(self.group.sizes)[self.index].clone()
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        destination[prefix + "weight"] = self.weight.detach().contiguous()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias
-
 
 def prepare(model: nn.Module) -> None:
     """Join, and where that is faster pack, the linear layers of a loaded model; and let the process keep its memory."""
-    packed = packs()
     keep_freed()
     model.requires_grad_(False)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    # Without the linear layers themselves: whoever holds them holds their weights, until the last is joined.
-    for module in [module for module in model.modules() if not isinstance(module, LINEAR)]:
-        plain = {name: child for name, child in module.named_children() if isinstance(child, LINEAR)}
-        groups = [names for names in GROUPS if set(names) <= set(plain)]
-        joined = {name for names in groups for name in names}
-        for names in (*groups, *((name,) for name in plain if name not in joined)):
-            tied = id(plain[names[0]].weight) in embeddings
-            group = _group([plain.pop(name) for name in names], packed and not tied)
-            for index, name in enumerate(names):
-                setattr(module, name, GroupedLinear(group, index))
+    joined.join(model, lambda layers: _group(layers, packs() and id(layers[0].weight) not in embeddings), alone=True)
 
 
-def _group(linears: Sequence[nn.Module], packed: bool) -> Group | QuantisedGroup:
+def _group(linears: Sequence[nn.Module], packed: bool) -> joined.Group:
     """The layers of one input as one."""
     if isinstance(linears[0], QuantisedLinear):
         return QuantisedGroup(linears)
@@ -241,27 +183,6 @@ def _small(linears: Sequence[nn.Linear]) -> bool:
     return plain and sum(linear.weight.numel() for linear in linears) <= SMALL
 
 
-def quantised(model: nn.Module) -> bool:
-    """Whether any of a model's layers has its weights in 8 or 4 bits."""
-    return any(isinstance(module, QUANTISED) for module in model.modules())
-
-
-def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model by its name, once, in the usual order; joined ones are taken apart one at a time."""
-    seen = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, GroupedLinear):
-            values = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
-        elif isinstance(module, Group):
-            continue
-        else:
-            values = dict(module.named_parameters(recurse=False))
-        for name, tensor in values.items():
-            if id(tensor) not in seen:  # a tied head is the embedding
-                yield f"{prefix}.{name}".removeprefix("."), tensor
-        seen |= {id(tensor) for tensor in values.values() if isinstance(tensor, nn.Parameter)}
-
-
 # ---- the operations of the seam
 
 
@@ -273,7 +194,7 @@ def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tup
 def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """down(silu(gate(norm(x))) * up(norm(x))). x [S, D] -> [S, D]."""
     gated, lifted = _project(_norm(x, norm), (gate, up))  # [S, intermediate]
-    if isinstance(gate, GroupedLinear) and gated.is_contiguous():
+    if isinstance(gate, joined.GroupedLinear) and gated.is_contiguous():
         return down(silu(gated, inplace=True).mul_(lifted))  # fresh large buffers cost as much as the arithmetic
     return down(silu(gated) * lifted)
 
@@ -286,10 +207,8 @@ def _norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def _project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    first = linears[0]
-    if isinstance(first, GroupedLinear):
-        return first.group.parts(x)
-    return tuple(layer(x) for layer in linears)  # a model that was not prepared
+    group = joined.group_of(linears)
+    return tuple(layer(x) for layer in linears) if group is None else group.parts(x)  # None: it was not prepared
 
 
 def rope(rows: Rows, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 
 from minivlm.ops import cpu
 from minivlm.ops.cpu_attention import SingleQueries
+from minivlm.ops.joined import GroupedLinear
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
@@ -32,7 +33,7 @@ def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
     made: list[Step] = []
 
     def step(ids: Sequence[int], rows: Rows) -> Tensor:
-        if not isinstance(decoder.lm_head, cpu.GroupedLinear):  # it was not prepared
+        if not isinstance(decoder.lm_head, GroupedLinear):  # it was not prepared
             return decoder(decoder.embed_tokens(torch.tensor(ids, device=cache.keys.device)), rows, cache)
         if not made or made[0].cache[0] is not cache.keys:  # the cache has grown
             made[:] = [Step(decoder, cache)]
@@ -106,7 +107,7 @@ class Step:
         return self.norm(x).view(-1, x.shape[-1])
 
 
-def _product(layer: cpu.GroupedLinear) -> Rowwise:
+def _product(layer: GroupedLinear) -> Rowwise:
     """By the whole group of a layer."""
     group = layer.group
     return group.forward if group.packed else cpu.of_rows(group.weight.detach(), group.bias)

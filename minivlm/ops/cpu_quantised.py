@@ -14,11 +14,12 @@ from functools import cache
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from minivlm.kernels.quantise import GROUP, HALF, quantise_int4, quantise_int8
 from minivlm.ops.cpu_shapes import of_rounded
+from minivlm.ops.joined import Group
 from minivlm.ops.quantised import QuantisedLinear, widened
 
 FEW = 16
@@ -47,21 +48,19 @@ def missing_quantised(form: str, dtype: torch.dtype) -> str | None:
     return None if wrong <= expected.max() / 100 else f"its products are wrong by {wrong:g}"
 
 
-class QuantisedGroup(nn.Module):
-    """Layers of one input as one product, their weights one above the other: [N_1 + N_2 + .., K]."""
+class QuantisedGroup(Group):
+    """Layers of one input as one product, its weight and scale in the order that the product reads."""
 
-    packed = True  # in an order that only the product reads
+    packed = True
 
     def __init__(self, layers: Sequence[QuantisedLinear]):
-        super().__init__()
-        self.sizes, self.inputs = [layer.out_features for layer in layers], layers[0].in_features
-        weight, scale = torch.cat([layer.weight for layer in layers]), torch.cat([layer.scale for layer in layers])
-        if weight.dtype == torch.int8:
-            self.form, self.weight, self.scale = "int8", torch.ops.onednn.qlinear_prepack(weight, None), scale
-            self.zeros = torch.zeros(len(scale), dtype=torch.int32, device="cpu")  # the grid is symmetric
-            self.single = len(scale) > NARROW and self.inputs != NARROW
+        super().__init__(layers)
+        if self.weight.dtype == torch.int8:
+            self.form, self.weight = "int8", torch.ops.onednn.qlinear_prepack(self.weight, None)
+            self.zeros = torch.zeros(len(self.scale), dtype=torch.int32, device="cpu")  # the grid is symmetric
+            self.single = len(self.scale) > NARROW and self.inputs != NARROW
         else:
-            self.form, self.weight, self.scale = "int4", _packed_nibbles(weight), _scales(scale)
+            self.form, self.weight, self.scale = "int4", _packed_nibbles(self.weight), _scales(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]."""
@@ -73,10 +72,6 @@ class QuantisedGroup(nn.Module):
         else:
             out = of_rounded(self._by_8_bits, rows)
         return out.view(*x.shape[:-1], -1)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The layers' results one by one."""
-        return self(x).split(self.sizes, dim=-1)
 
     def _by_8_bits(self, x: Tensor) -> Tensor:
         if len(x) > 1:

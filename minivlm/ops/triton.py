@@ -21,9 +21,9 @@ from minivlm.kernels.norms import add_layer_norm, add_rms_norm, layer_norm, rms_
 from minivlm.kernels.skinny import MOST_ROWS, plain_skinny_linear, skinny_linear
 from minivlm.ops import activations
 from minivlm.ops.backend import Backend, rope
-from minivlm.ops.joined import GROUPS, joined
+from minivlm.ops.joined import Group, group_of, join
 from minivlm.ops.norms import RMSNorm
-from minivlm.ops.quantised import QuantisedLinear, widened
+from minivlm.ops.quantised import QuantisedLinear
 from minivlm.ops.triton_attention import attention, sight, vision_attention
 from minivlm.ops.triton_decoding import decoding
 from minivlm.ops.triton_sampler import sampler
@@ -33,24 +33,18 @@ BIASED = {activations.quick_gelu: quick_gelu, nn.functional.gelu: gelu}
 
 
 def pack(model: nn.Module) -> None:
-    """Move weights that are multiplied together into one tensor, layer by layer; the parameters stay, as views of it.
+    """Join layers that read the same input, and give few rows by quantised weights to the kernel.
 
     Raises InputError for a bfloat16 model on a CPU: Triton's interpreter keeps bfloat16 as integers.
     """
     weight = next(model.parameters())
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         raise InputError("backend triton: Triton's interpreter computes bfloat16 wrongly, expected dtype float32")
+    join(model, Group, alone=False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is QuantisedLinear:
                 setattr(module, name, SkinnyLinear(child.weight, child.scale))
-        children = dict(module.named_children())
-        for names in GROUPS:
-            if all(name in children for name in names):
-                linears = [children[name] for name in names]
-                for part in ("weight", "bias", "scale"):
-                    if parts := _parts(linears, part):
-                        _lay_end_to_end(parts)
 
 
 class SkinnyLinear(QuantisedLinear):
@@ -61,24 +55,6 @@ class SkinnyLinear(QuantisedLinear):
         return skinny_linear(x, self.weight, self.scale, None, 0.0, None, False) if _few(x) else super().forward(x)
 
 
-def _parts(linears: Sequence[nn.Module], name: str) -> list[Tensor]:
-    """The layers' tensors of a name; none if they have none."""
-    if name == "scale":
-        return [linear.scale for linear in linears if isinstance(linear, QuantisedLinear)]
-    if name == "bias":
-        return [linear.bias for linear in linears if linear.bias is not None]
-    return [linear.weight for linear in linears]
-
-
-def _lay_end_to_end(parameters: Sequence[Tensor]) -> None:
-    if joined(parameters) is not None:
-        return
-    sizes = [len(parameter) for parameter in parameters]
-    whole = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, whole.split(sizes), strict=True):
-        parameter.data = part
-
-
 def _multiplies_bfloat16() -> bool:
     """Whether a product of bfloat16 numbers, each exact, is right."""
     x, weight = torch.full((2, 64), -1.5).bfloat16(), torch.arange(16.0).repeat(64, 1).T.bfloat16()
@@ -86,34 +62,29 @@ def _multiplies_bfloat16() -> bool:
     return torch.equal(skinny_linear(*arguments), plain_skinny_linear(*arguments))
 
 
-def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Normalise x [.., D] and project it by each of the linears, whose weights make one product."""
-    weight, scale, biases = joined(_parts(linears, "weight")), _scale(linears), _parts(linears, "bias")
-    bias = joined(biases) if biases else None
-    if weight is None or (biases and bias is None):
+    group = group_of(linears)
+    if group is None:  # a model that was not prepared
         unit = _normalised(x, norm)
         return tuple(linear(unit) for linear in linears)
-    if _few(x) and isinstance(norm, RMSNorm) and bias is None:
-        y = skinny_linear(x, weight, scale, norm.weight, norm.eps, None, False)
-    else:
-        y = product(_normalised(x, norm), _wide(weight, scale, x.dtype), bias)
-    return y.split([linear.out_features for linear in linears], dim=-1)
+    if _few(x) and isinstance(norm, RMSNorm) and group.bias is None:
+        y = skinny_linear(x, group.weight, group.scale, norm.weight, norm.eps, None, False)
+        return y.split(group.sizes, dim=-1)
+    return group.parts(_normalised(x, norm))
 
 
 def decoder_end(
-    x: Tensor, heads: Tensor, output: nn.Linear, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear
+    x: Tensor, heads: Tensor, output: nn.Module, norm: RMSNorm, gate: nn.Module, up: nn.Module, down: nn.Module
 ) -> Tensor:
     """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
-    gate_up, scale = joined([gate.weight, up.weight]), _scale((gate, up))
-    if _few(x) and gate_up is not None:
-        x = skinny_linear(heads, output.weight, _scale((output,)), None, 0.0, x, False)
-        inner = skinny_linear(x, gate_up, scale, norm.weight, norm.eps, None, True)  # [S, F]
-        return skinny_linear(inner, down.weight, _scale((down,)), None, 0.0, x, False)
+    group = group_of((gate, up))
+    if _few(x) and group is not None:
+        x = skinny_linear(heads, output.weight, _scale(output), None, 0.0, x, False)
+        inner = skinny_linear(x, group.weight, group.scale, norm.weight, norm.eps, None, True)  # [S, F]
+        return skinny_linear(inner, down.weight, _scale(down), None, 0.0, x, False)
     x, unit = add_rms_norm(output(heads), x, norm.weight, norm.eps)
-    if gate_up is None:
-        halves = gate(unit), up(unit)
-    else:
-        halves = product(unit, _wide(gate_up, scale, x.dtype)).chunk(2, dim=-1)
+    halves = (gate(unit), up(unit)) if group is None else group.parts(unit)
     return x + down(swiglu(*halves))
 
 
@@ -132,15 +103,9 @@ def encoder_end(
     return x + fc2(inner)
 
 
-def _scale(linears: Sequence[nn.Module]) -> Tensor | None:
-    """The joined scales of quantised layers, None of others."""
-    scales = _parts(linears, "scale")
-    return joined(scales) if scales else None
-
-
-def _wide(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A joined weight as cuBLAS multiplies it."""
-    return weight if scale is None else widened(weight, scale, dtype)
+def _scale(layer: nn.Module) -> Tensor | None:
+    """Of a quantised layer, None of another."""
+    return layer.scale if isinstance(layer, QuantisedLinear) else None
 
 
 def _few(x: Tensor) -> bool:

@@ -19,7 +19,6 @@ from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minivlm.errors import InputError
-from minivlm.ops.cpu import QUANTISED
 from minivlm.pipeline import Pipeline
 from minivlm.serve.app import create_app
 from minivlm.serve.engine import Engine
@@ -154,8 +153,7 @@ def _apart(pipeline: Pipeline) -> bool:
     long where the event loop or a worker has the core of one. So it is better served by two threads with few each.
     """
     decoder = pipeline.model.language_model
-    weights = sum(parameter.nbytes for parameter in decoder.parameters())
-    weights += sum(module.weight.nbytes for module in decoder.modules() if isinstance(module, QUANTISED))
+    weights = sum(tensor.nbytes for tensor in (*decoder.parameters(), *decoder.buffers()))
     return decoder.embed_tokens.weight.device.type == "cpu" and weights <= SMALL
 
 

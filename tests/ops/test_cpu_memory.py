@@ -17,12 +17,11 @@ def faults():
 torch.set_num_threads(1)
 def work():
     return sum(float((torch.ones(size, 2**18) + 1)[0, 0]) for size in (20, 3, 7, 20))  # 20 MB and less
-for _ in range(5):
+def faults_of_a_round():
+    before = faults()
     work()
-before = faults()
-for _ in range(10):
-    work()
-print((faults() - before) / 10)
+    return faults() - before
+print(min([faults_of_a_round() for _ in range(15)][5:]))  # a heap may still grow once
 """
 
 
@@ -31,9 +30,7 @@ def test_buffers_are_not_given_back():
     """What comes back where nothing is said depends on the system's pages and on what malloc has seen: 1,000 faults a
     round, or 20,000."""
     found = {
-        how: float(
-            subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout
-        )
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("keep", "default")
     }
     assert found["keep"] < 20 and found["keep"] <= found["default"], found

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 import minivlm
+from minivlm import checkpoint
 from minivlm.answer import Options
 from minivlm.batch import Batch
 from minivlm.decoder.mistral import MistralAttention, MistralConfig, MistralDecoder, MistralDecoderLayer
 from minivlm.errors import InputError
 from minivlm.generate import Row, generate, new_cache
-from minivlm.ops.backend import REFERENCE, Backend, choose
+from minivlm.ops.backend import REFERENCE, Backend, as_loaded, choose
 from minivlm.ops.rows import Rows
 from minivlm.processor import Inputs
 
@@ -109,29 +110,42 @@ def test_logits_are_as_near_the_truth_in_16_bits(dtype, tiny_of, device):
         check(found, rounded, plain.model.float()(rows))
 
 
-def test_weights_that_are_not_joined(tiny_of, device):
-    """As after `model.to`: the products are taken one by one."""
-    ours, plain = pair_of(tiny_of("llava").folder, device)
+def test_a_model_that_was_not_prepared(tiny_of, device):
+    """The products are taken one by one."""
+    folder, bare = tiny_of("llava").folder, dataclasses.replace(triton.TRITON, prepare=as_loaded)
+    plain = minivlm.load(folder, device=device, dtype="float32", backend="reference")
+    model, _ = checkpoint.load(folder, str(device), "float32", bare, progress=False)
+    assert type(model.language_model.layers[0].self_attn.q_proj) is torch.nn.Linear
     rows = [inputs_of(plain, [(12, 12)]), inputs_of(plain, [])]
-    for parameter in ours.model.parameters():
-        parameter.data = parameter.data.clone()
-    attention = ours.model.language_model.layers[0].self_attn
-    assert triton.joined([attention.q_proj.weight, attention.k_proj.weight]) is None
     with torch.inference_mode():
-        check(ours.model(rows), plain.model(rows))
-        check(ours.model(rows[1:]), plain.model(rows[1:]))
+        check(model(rows), plain.model(rows))
+        check(model(rows[1:]), plain.model(rows[1:]))
 
 
 @pytest.mark.parametrize("kind", ("next-mistral", "llava"))
-def test_joined_weights_are_views_and_are_saved_as_they_came(kind, tiny_of, tmp_path):
+def test_joined_weights_are_saved_as_they_came(kind, tiny_of, tmp_path):
     ours = minivlm.load(tiny_of(kind).folder, device="cpu", dtype="float32", backend="triton")
     attention = ours.model.language_model.layers[1].self_attn
-    whole = triton.joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-    assert whole.shape == (32 + 16 + 16, 32) and whole.data_ptr() == attention.q_proj.weight.data_ptr()
+    assert attention.q_proj.group is attention.v_proj.group
+    assert attention.q_proj.group.weight.shape == (32 + 16 + 16, 32)
     ours.save(tmp_path / "copy")
     again = minivlm.load(tmp_path / "copy", device="cpu", dtype="float32", backend="reference").model.state_dict()
     for name, value in tiny_of(kind).vlm.model.state_dict().items():
         assert torch.equal(again[name], value), name
+
+
+def test_the_whole_decoder_compiles(tiny_of, device):
+    """torch.compile traces every operation of a prompt and of a step, in one graph each."""
+    decoder = pair_of(tiny_of("next-mistral").folder, device)[0].model.language_model
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    prompt, step = Rows.causal([5, 2], [0, 0]), Rows.causal([1, 1], [5, 2])
+    caches = [decoder.new_cache(2, 8) for _ in range(2)]
+    with torch.inference_mode():
+        for rows, part in ((prompt, x), (step, x[:2])):
+            found, expected = (run(part, rows, cache) for run, cache in zip((compiled, decoder), caches, strict=True))
+            check(found, expected)
+        assert torch.equal(caches[0].keys, caches[1].keys)
 
 
 def test_segments_behind_a_shared_prefix(tiny_of, device):

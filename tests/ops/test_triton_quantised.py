@@ -34,16 +34,14 @@ def test_prompts_and_steps_equal_reference(form, folder, device):
     assert [token.id for token in replies[0].tokens] == [token.id for token in replies[1].tokens]
     for one, other in zip(*(reply.tokens for reply in replies), strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    _has_one_weight_and_scale_for_a_product(ours.model.language_model, form)
     assert ours.info.change.relative == pytest.approx(plain.info.change.relative, rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_weights_and_scales_of_one_product_lie_end_to_end(form, folder, device):
-    vlm = minivlm.load(folder, device=device, dtype="float32", backend="triton", weights=form)
-    attention = vlm.model.language_model.layers[1].self_attn
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    weight, scale = triton.joined([layer.weight for layer in layers]), triton.joined([layer.scale for layer in layers])
-    assert weight.shape[0] == scale.shape[0] == 128 + 64 + 64
-    assert weight.dtype == {"int8": torch.int8, "int4": torch.uint8}[form]
-    assert isinstance(vlm.model.language_model.lm_head, triton.SkinnyLinear)
-    assert vlm.model.language_model.lm_head.weight.dtype == torch.int8
+def _has_one_weight_and_scale_for_a_product(decoder, form):
+    attention = decoder.layers[1].self_attn
+    group = attention.q_proj.group
+    assert group is attention.v_proj.group
+    assert group.weight.shape[0] == group.scale.shape[0] == 128 + 64 + 64
+    assert group.weight.dtype == {"int8": torch.int8, "int4": torch.uint8}[form]
+    assert isinstance(decoder.lm_head, triton.SkinnyLinear) and decoder.lm_head.weight.dtype == torch.int8
