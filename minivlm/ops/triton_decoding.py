@@ -59,6 +59,8 @@ class Step:
             each=1,
             keys=cache.capacity,  # as many runs of keys as its end will need
         )
+        everywhere, config = torch.arange(cache.capacity, device=device), decoder.config
+        self.rope = rope_table(everywhere, config.head_dim, config.rope_theta, cache.keys.dtype)  # twice [T, 1, C]
         self.graph = self._captured() if device.type == "cuda" else None
 
     def __call__(self, ids: Sequence[int], rows: Rows) -> Tensor:
@@ -79,8 +81,7 @@ class Step:
 
     def _compute(self) -> Tensor:
         x = self.decoder.embed_tokens(self.ids)  # [size, D]
-        config = self.decoder.config
-        rope = rope_table(self.positions, config.head_dim, config.rope_theta, x.dtype)
+        rope = tuple(table[self.positions] for table in self.rope)  # of padding, at -1, the last one
         return self.decoder.run(x, rope, self.rows, self.seen, self.cache)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
