@@ -19,6 +19,7 @@ from PIL import Image
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minivlm.errors import InputError
+from minivlm.ops.cpu_threads import small
 from minivlm.pipeline import Pipeline
 from minivlm.serve.app import create_app
 from minivlm.serve.engine import Engine
@@ -32,7 +33,6 @@ KEEP_ALIVE_SECONDS = 20  # that a connection may rest between two requests
 LAST_WORDS_SECONDS = 2  # to tell clients that their answers were given up
 MAX_HEADER_BYTES = 64 * 1024
 PICTURE_BLOCK = 2**26  # bytes
-SMALL = 2**26  # bytes of a decoder's weights that a core may find in its caches
 DESCRIPTORS = 10_240  # to ask of the system, for connections; what macOS gives at most
 BACKLOG = 2048  # connections that wait in the system
 ACCEPTED = 16  # of them in one turn of the event loop; four turns pass until one more is counted and another closed
@@ -96,8 +96,8 @@ class Serving:
 
 def serve(pipeline: Pipeline, serving: Serving, limits: Limits, key: str | None, bound: socket.socket) -> int:
     """Serve until a signal comes; returns the exit status: 0 after SIGTERM, 130 after Ctrl-C."""
-    apart = _apart(pipeline)
-    if apart:
+    apart = small(pipeline.model.language_model)
+    if apart:  # a thread of its own encodes pictures, and each of the two has half of the cores but the event loop's
         torch.set_num_threads(max(1, (torch.get_num_threads() - 1) // 2))
     limits, log, metrics = limits.of_context(pipeline.context), Log(serving.json_logs), Metrics()
     engine = Engine(
@@ -144,17 +144,6 @@ def serve(pipeline: Pipeline, serving: Serving, limits: Limits, key: str | None,
     asyncio.run(server.serve([bound]))
     log.say("stopped")
     return 130 if server.stopped_by == signal.SIGINT else 0
-
-
-def _apart(pipeline: Pipeline) -> bool:
-    """Whether a thread of its own encodes pictures, and each of the two has half of the cores but one.
-
-    A small model's operations are too short for many threads, which wait for one another at the end of each, and for
-    long where the event loop or a worker has the core of one. So it is better served by two threads with few each.
-    """
-    decoder = pipeline.model.language_model
-    weights = sum(tensor.nbytes for tensor in (*decoder.parameters(), *decoder.buffers()))
-    return decoder.embed_tokens.weight.device.type == "cpu" and weights <= SMALL
 
 
 def _descriptors() -> int:

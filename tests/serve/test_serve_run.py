@@ -10,9 +10,8 @@ import time
 import httpx
 import pytest
 
-import minivlm
 from minivlm.cli import main
-from minivlm.serve.run import Serving, _apart
+from minivlm.serve.run import Serving
 
 ENDLESS = {"temperature": 1e6, "seed": 2}  # draws a thousand ids behind "a" before it draws the end
 KEY = {"Authorization": "Bearer secret-1"}
@@ -162,13 +161,3 @@ def test_small_answers_do_not_wait_for_the_network(server):
         assert server.post("/tokenize", {"inputs": "a"}).is_success
         taken.append(time.monotonic() - began)
     assert sorted(taken)[len(taken) // 2] < 0.03
-
-
-@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
-def test_a_small_decoder_has_two_threads_whatever_its_weights_are_kept_in(weights, monkeypatch):
-    """The bound is on all of them, quantised ones too, which are no parameters."""
-    pipeline = minivlm.load(device="cpu", weights=weights)
-    held = {"stored": 6_600_000, "int8": 3_300_000, "int4": 1_800_000}[weights]
-    for bound, expected in ((1.2 * held, True), (held / 1.5, False)):
-        monkeypatch.setattr("minivlm.serve.run.SMALL", bound)
-        assert _apart(pipeline) is expected
