@@ -3,16 +3,15 @@
 - Linear layers that read the same input (q, k, v; gate, up) are one product.
 - Which product is fastest depends on the processor, see `packs`. Either the weights lie in the order in which oneDNN's
   kernels read them, packed once, after loading (the operators for it are private to PyTorch, so `missing` tries them
-  before the backend is chosen); or they stay as they are, and a single row is multiplied as a vector. Small ones of
-  16 bits lie by columns, see `SMALL`.
+  before the backend is chosen); or they stay as they are, see cpu_products.py, small ones by columns, see `SMALL`.
 - The query heads of a group stand as query rows, so a step reads a cached key once and not once a query head.
 - Rotary angles are looked up.
 
 Joined and packed weights have no gradient. A head that is tied to the embeddings is not packed, which would copy it.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Sequence
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +20,22 @@ from torch.nn.functional import linear, rms_norm, silu
 from minivlm.errors import InputError
 from minivlm.ops import joined
 from minivlm.ops.cpu_memory import keep_freed
+from minivlm.ops.cpu_products import MANY, MLP_ACROSS, mlp_across, product, shaped
 from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
-from minivlm.ops.cpu_shapes import of_rounded, padded
+from minivlm.ops.cpu_shapes import of_rounded
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear
 from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
-MANY = 32  # rows from which on plain weights are multiplied layer by layer
 # Weights of at most so many numbers and without a bias are not packed but lie by columns. In 16 bits one row's product
-# is then the sum of the columns, weighted by the row, which is what embedding_bag computes, and up to BAGS rows have a
-# bag each; oneDNN spends 15 us on any product before it begins. Microseconds packed / as a vector / by columns, Intel
+# is then the sum of the columns, weighted by the row, which is what embedding_bag computes, and a few rows have a bag
+# each; oneDNN spends 15 us on any product before it begins. Microseconds packed / as a vector / by columns, Intel
 # with AMX, bfloat16: 256x256 24 / 25 / 7, 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271.
 # In float32 it is MKL's product: the four of a layer of width 256 take 230 / 372 / 733 us for 2 / 8 / 32 rows where the
 # weights lie by rows, and 164 / 243 / 491 by columns. Other processors were not measured.
 SMALL = 2**19
-BAGS = 4  # us for the same four in bfloat16, bags / oneDNN on columns: 2 rows 143 / 235, 4 rows 191 / 224, 8 288 / 227
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
@@ -83,49 +81,6 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return of_rounded(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""), x)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by a plain weight. In float32 it is not oneDNN's, and any number of rows will do."""
-    if weight.dtype == torch.float32:
-        return linear(x, weight, bias)
-    return of_rounded(lambda x: linear(x, weight, bias), x)
-
-
-def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [.., K] by a weight [N, K] that is not packed -> [.., N]."""
-    rows = x.numel() // x.shape[-1]
-    if rows > MANY:
-        return _linear(x, weight, bias)
-    return of_rows(weight, bias)(x.reshape(-1) if rows == 1 else x.reshape(rows, -1)).view(*x.shape[:-1], -1)
-
-
-def of_rows(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The fastest product of few rows with a weight [N, K] that is not packed: a function of [K] or [B, K]."""
-    if bias is None and weight.t().is_contiguous():  # see `prepare`
-        return partial(_by_columns, weight.t())
-    vector = torch.mv if bias is None else partial(torch.addmv, bias)
-    if weight.dtype == torch.float16:  # as a vector it is slower
-        return lambda x: _linear(x, weight, bias)
-    return lambda x: vector(weight, x) if x.dim() == 1 else _linear(x, weight, bias)
-
-
-def _by_columns(columns: Tensor, x: Tensor) -> Tensor:
-    """x [K] or [B, K] by columns [K, N]; `embedding_bag` has one bag for each row."""
-    rows = x.numel() // len(columns)
-    if columns.dtype.itemsize > 2:
-        return torch.matmul(x, columns)
-    if rows > BAGS:
-        return of_rounded(lambda x: torch.matmul(x, columns), x)
-    every, first = _bags(rows, len(columns))
-    out = torch.embedding_bag(columns, every, first, mode=0, per_sample_weights=x.reshape(-1))[0]  # 0: their sum
-    return out if x.dim() > 1 else out[0]
-
-
-@cache
-def _bags(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """embedding_bag's indices and offsets: `count` bags of all of `size` rows."""
-    return torch.arange(size, device="cpu").repeat(count), torch.arange(0, count * size, size, device="cpu")
-
-
 # ---- joined linear layers
 
 
@@ -141,19 +96,22 @@ class Group(joined.Group):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
-        return _product(x, self.weight, self.bias) if self.packed else _plain_product(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias) if self.packed else product(x, self.weight, self.bias)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
         whole in memory, which saves more than one product costs."""
-        if self.packed or x.numel() < MANY * x.shape[-1] or x.requires_grad:
+        if self.packed or x.numel() <= MANY * x.shape[-1] or x.requires_grad:
             return super().parts(x)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         weights = zip(self.weight.split(self.sizes), biases, strict=True)
-        if x.dim() != 2 or x.dtype == torch.float32:
-            return tuple(linear(x, *weight) for weight in weights)
-        more = padded(x)
+        more = shaped(x)
         return tuple(linear(more, *weight)[: len(x)] for weight in weights)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether its weight lies as it was loaded."""
+        return not self.packed and self.weight.is_contiguous()
 
 
 def prepare(model: nn.Module) -> None:
@@ -193,10 +151,23 @@ def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tup
 
 def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """down(silu(gate(norm(x))) * up(norm(x))). x [S, D] -> [S, D]."""
-    gated, lifted = _project(_norm(x, norm), (gate, up))  # [S, intermediate]
+    unit = _norm(x, norm)
+    if len(x) in MLP_ACROSS.get(x.dtype, ()) and not x.requires_grad and (weights := mlp_weights(gate, up, down)):
+        return mlp_across(unit, *weights)
+    gated, lifted = _project(shaped(unit), (gate, up))  # [S or more, intermediate]
     if isinstance(gate, joined.GroupedLinear) and gated.is_contiguous():
-        return down(silu(gated, inplace=True).mul_(lifted))  # fresh large buffers cost as much as the arithmetic
-    return down(silu(gated) * lifted)
+        inner = silu(gated, inplace=True).mul_(lifted)  # fresh large buffers cost as much as the arithmetic
+    else:
+        inner = silu(gated) * lifted
+    return down(inner)[: len(x)]
+
+
+def mlp_weights(gate: nn.Module, up: nn.Module, down: nn.Module) -> tuple[Tensor, ...] | None:
+    """The three weights if all lie as they were loaded and have no bias."""
+    groups = joined.group_of((gate, up)), joined.group_of((down,))
+    if all(isinstance(group, Group) and group.by_rows and group.bias is None for group in groups):
+        return (*groups[0].weight.detach().split(groups[0].sizes), groups[1].weight.detach())
+    return None
 
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 
 from minivlm.ops import cpu
 from minivlm.ops.cpu_attention import SingleQueries
+from minivlm.ops.cpu_products import MLP_ACROSS, mlp_across, of_rows
 from minivlm.ops.joined import GroupedLinear
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.norms import RMSNorm
@@ -49,8 +50,7 @@ class Layer(NamedTuple):
     qkv: Rowwise
     output: Rowwise
     post_attention_norm: Rowwise
-    gate_up: Rowwise
-    down: Rowwise
+    mlp: Rowwise
     keys: Tensor
     values: Tensor
 
@@ -63,7 +63,7 @@ class Step:
         self.channels, self.half = config.head_dim, config.head_dim // 2
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.turned = (heads + kv_heads, kv_heads)  # heads of q and k, which turn, and of v
-        self.heads, self.inner = (heads, kv_heads), (config.intermediate_size, config.intermediate_size)
+        self.heads = (heads, kv_heads)
         self.cos, self.sin = _angles(
             cpu.table_size(cache.capacity), config.head_dim, config.rope_theta, cache.keys.dtype
         )
@@ -75,8 +75,7 @@ class Step:
                 qkv=_product(layer.self_attn.q_proj),
                 output=_product(layer.self_attn.o_proj),
                 post_attention_norm=_norm(layer.post_attention_layernorm),
-                gate_up=_product(layer.mlp.gate_proj),
-                down=_product(layer.mlp.down_proj),
+                mlp=_mlp(layer.mlp),
                 keys=keys.transpose(1, 2),
                 values=values.transpose(1, 2),
             )
@@ -102,15 +101,29 @@ class Step:
             layer.keys[slots, positions] = k
             layer.values[slots, positions] = v
             x = x + layer.output(attend(number, q).view(*lead, -1))
-            gate, up = layer.gate_up(layer.post_attention_norm(x)).split_with_sizes(self.inner, -1)
-            x = x + layer.down(silu(gate).mul_(up))
+            x = x + layer.mlp(layer.post_attention_norm(x))
         return self.norm(x).view(-1, x.shape[-1])
 
 
 def _product(layer: GroupedLinear) -> Rowwise:
     """By the whole group of a layer."""
     group = layer.group
-    return group.forward if group.packed else cpu.of_rows(group.weight.detach(), group.bias)
+    return group.forward if group.packed else of_rows(group.weight.detach(), group.bias)
+
+
+def _mlp(mlp: nn.Module) -> Rowwise:
+    """The gated MLP of normalised rows."""
+    gate_up, down, sizes = _product(mlp.gate_proj), _product(mlp.down_proj), mlp.gate_proj.group.sizes
+    weights = cpu.mlp_weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    across = () if weights is None else MLP_ACROSS.get(weights[0].dtype, ())
+
+    def gated(x: Tensor) -> Tensor:
+        if x.dim() > 1 and len(x) in across:
+            return mlp_across(x, *weights)
+        gate, up = gate_up(x).split_with_sizes(sizes, -1)
+        return down(silu(gate).mul_(up))
+
+    return gated
 
 
 def _norm(norm: RMSNorm) -> Rowwise:

@@ -25,7 +25,12 @@ def rounded_up(rows: int) -> int:
 def padded(x: Tensor) -> Tensor:
     """Rows x [S, K] with rows of zeros up to a rounded number; other tensors as they are."""
     more = rounded_up(len(x)) - len(x) if x.dim() == 2 else 0
-    return pad(x, (0, 0, 0, more)) if more else x
+    if not more:
+        return x
+    out = x.new_empty(len(x) + more, x.shape[1])  # `pad` would fill all of it with zeros first
+    out[: len(x)] = x
+    out[len(x) :] = 0
+    return out
 
 
 def of_rounded(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
