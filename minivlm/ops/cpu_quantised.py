@@ -80,6 +80,8 @@ class QuantisedGroup(Group):
             return self._integers(steps, 1.0, torch.float32).mul_(step).to(x.dtype)
         step = max(x.abs().amax().item() / 127, TINY)  # the same in fewer operators
         steps = (x.float() * (1 / step)).round_().to(torch.int8)
+        if x.dtype == torch.float16:  # which PyTorch 2.8's product does not return
+            return self._integers(steps, step, torch.float32).to(x.dtype)
         return self._integers(steps, step, x.dtype)
 
     def _integers(self, steps: Tensor, step: float, dtype: torch.dtype) -> Tensor:
