@@ -26,7 +26,7 @@ from minivlm.bench.report import plot
 from minivlm.errors import InputError, NumericError
 from minivlm.evaluate import heldout
 from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION, SHIPPED
-from minivlm.ops.cpu_threads import spare_threads
+from minivlm.ops.cpu_threads import use_one_thread_if_small
 from minivlm.pipeline import Pipeline, choose_device
 from minivlm.processor.images import load_image
 from minivlm.processor.prompts import question_to_messages
@@ -106,7 +106,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             say(line)
     pictures = [load_image(path) for path in paths]
     vlm, seconds = _load(arguments)
-    spare_threads(vlm.model)
+    use_one_thread_if_small(vlm.model)
     prompt: Any = question
     if not arguments.raw:
         instructions = [] if system is None else [{"role": "system", "content": utf8(system, "--system")}]
@@ -129,7 +129,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     pictures = [load_image(path) for path in arguments.image]
     vlm, _ = _load(arguments)
-    spare_threads(vlm.model)
+    use_one_thread_if_small(vlm.model)
     if sys.stdin.isatty():
         say(f"{arguments.model or SHIPPED}, {_where(vlm)}. /image PATH shows a picture, /help lists the commands.")
     return dialogue(vlm.chat(arguments.system), pictures, settings)

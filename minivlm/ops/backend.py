@@ -35,7 +35,7 @@ def as_loaded(model: nn.Module) -> None:
 class Backend:
     """The operations that blocks are built from; each has the signature of its plain form in this file.
 
-    prepare: called once with a loaded model, whose layers it may replace; then it is for inference only.
+    prepare: called once with a loaded model, whose layers it may replace; then it is for inference only, where it is.
     """
 
     name: str

@@ -4,7 +4,8 @@
 - Which product is fastest depends on the processor, see `packs`. Either the weights lie in the order in which oneDNN's
   kernels read them, packed once, after loading (the operators for it are private to PyTorch, so `missing` tries them
   before the backend is chosen); or they stay as they are, see cpu_products.py, small ones by columns, see `SMALL`.
-- The query heads of a group stand as query rows, so a step reads a cached key once and not once a query head.
+- Rows with one query attend together, and a step reads a cached key once for all query heads of its group where that
+  is faster, see cpu_attention.py.
 - Rotary angles are looked up.
 
 Joined and packed weights have no gradient. A head that is tied to the embeddings is not packed, which would copy it.
@@ -65,7 +66,7 @@ def missing(dtype: torch.dtype) -> str | None:
     place = {"dtype": dtype, "device": "cpu"}  # whatever device is the default just now
     weight, x = torch.eye(3, 2, **place), torch.tensor([[2.0, 3.0]], **place)
     try:
-        found = _product(x, _reordered(weight), None)
+        found = packed_product(x, _reordered(weight), None)
     except (AttributeError, RuntimeError) as error:  # no such operator; no kernel for this type on this processor
         return " ".join(str(error).split())
     return None if found.tolist() == [[2, 3, 0]] else f"oneDNN computes {found.tolist()}, expected [[2, 3, 0]]"
@@ -76,7 +77,7 @@ def _reordered(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [.., K] by a packed weight [N, K] -> [.., N]."""
     return of_rounded(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""), x)
 
@@ -94,14 +95,14 @@ class Group(joined.Group):
             self.weight = nn.Parameter(_reordered(self.weight), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
-        return _product(x, self.weight, self.bias) if self.packed else product(x, self.weight, self.bias)
+        _refuse_gradients(x, self.weight)
+        return packed_product(x, self.weight, self.bias) if self.packed else product(x, self.weight, self.bias)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
         whole in memory, which saves more than one product costs."""
-        if self.packed or x.numel() <= MANY * x.shape[-1] or x.requires_grad:
+        _refuse_gradients(x, self.weight)
+        if self.packed or x.numel() <= MANY * x.shape[-1]:
             return super().parts(x)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         weights = zip(self.weight.split(self.sizes), biases, strict=True)
@@ -114,10 +115,15 @@ class Group(joined.Group):
         return not self.packed and self.weight.is_contiguous()
 
 
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
+
+
 def prepare(model: nn.Module) -> None:
-    """Join, and where that is faster pack, the linear layers of a loaded model; and let the process keep its memory."""
+    """Join the linear layers of a loaded model, and pack them or lay them by columns where that is faster; and let the
+    process keep its memory. The model has no gradients from then on."""
     keep_freed()
-    model.requires_grad_(False)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     joined.join(model, lambda layers: _group(layers, packs() and id(layers[0].weight) not in embeddings), alone=True)
 
@@ -137,8 +143,8 @@ def _small(linears: Sequence[nn.Linear]) -> bool:
     """Whether the weights of a group are to lie by columns: only where embedding_bag has FBGEMM's kernels."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
-    plain = all(linear.bias is None for linear in linears)
-    return plain and sum(linear.weight.numel() for linear in linears) <= SMALL
+    plain = all(layer.bias is None for layer in linears)
+    return plain and sum(layer.weight.numel() for layer in linears) <= SMALL
 
 
 # ---- the operations of the seam
@@ -152,7 +158,8 @@ def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tup
 def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """down(silu(gate(norm(x))) * up(norm(x))). x [S, D] -> [S, D]."""
     unit = _norm(x, norm)
-    if len(x) in MLP_ACROSS.get(x.dtype, ()) and not x.requires_grad and (weights := mlp_weights(gate, up, down)):
+    if len(x) in MLP_ACROSS.get(x.dtype, ()) and (weights := mlp_weights(gate, up, down)):
+        _refuse_gradients(unit, *weights)
         return mlp_across(unit, *weights)
     gated, lifted = _project(shaped(unit), (gate, up))  # [S or more, intermediate]
     if isinstance(gate, joined.GroupedLinear) and gated.is_contiguous():
@@ -166,7 +173,7 @@ def mlp_weights(gate: nn.Module, up: nn.Module, down: nn.Module) -> tuple[Tensor
     """The three weights if all lie as they were loaded and have no bias."""
     groups = joined.group_of((gate, up)), joined.group_of((down,))
     if all(isinstance(group, Group) and group.by_rows and group.bias is None for group in groups):
-        return (*groups[0].weight.detach().split(groups[0].sizes), groups[1].weight.detach())
+        return (*groups[0].weight.split(groups[0].sizes), groups[1].weight)
     return None
 
 

@@ -72,8 +72,8 @@ class Step:
         self.layers = [
             Layer(
                 input_norm=_norm(layer.input_layernorm),
-                qkv=_product(layer.self_attn.q_proj),
-                output=_product(layer.self_attn.o_proj),
+                qkv=_rowwise(layer.self_attn.q_proj),
+                output=_rowwise(layer.self_attn.o_proj),
                 post_attention_norm=_norm(layer.post_attention_layernorm),
                 mlp=_mlp(layer.mlp),
                 keys=keys.transpose(1, 2),
@@ -105,7 +105,7 @@ class Step:
         return self.norm(x).view(-1, x.shape[-1])
 
 
-def _product(layer: GroupedLinear) -> Rowwise:
+def _rowwise(layer: GroupedLinear) -> Rowwise:
     """By the whole group of a layer."""
     group = layer.group
     return group.forward if group.packed else of_rows(group.weight.detach(), group.bias)
@@ -113,7 +113,7 @@ def _product(layer: GroupedLinear) -> Rowwise:
 
 def _mlp(mlp: nn.Module) -> Rowwise:
     """The gated MLP of normalised rows."""
-    gate_up, down, sizes = _product(mlp.gate_proj), _product(mlp.down_proj), mlp.gate_proj.group.sizes
+    gate_up, down, sizes = _rowwise(mlp.gate_proj), _rowwise(mlp.down_proj), mlp.gate_proj.group.sizes
     weights = cpu.mlp_weights(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     across = () if weights is None else MLP_ACROSS.get(weights[0].dtype, ())
 

@@ -1,9 +1,11 @@
-"""Products with weights that lie as they were loaded, on a CPU: the fastest form for each number of rows.
+"""Products with weights that are not packed, on a CPU: the fastest form for each number of rows.
 
-    one row     weight @ x as matrix times vector; small weights of 16 bits lie by columns, see cpu.py
+    one row     weight @ x as matrix times vector
     a few       weight @ x^T: the libraries multiply a left factor as it lies, but copy a right one into another order,
                 and of few rows the weight is by far the larger one
     more        x @ weight^T
+
+Small weights lie by columns, see `SMALL` in cpu.py, and any number of rows is multiplied by those.
 
 Microseconds of 7168x1024, one thread of an Intel with AMX, the weights not in its caches, x @ weight^T / weight @ x^T
 and transposed: bfloat16, which one row reads in 1,200: 8 rows 1735 / 1348, 64 rows 2649 / 1977, 160 rows 3396 / 4482;
@@ -20,18 +22,22 @@ from torch.nn.functional import linear, silu
 
 from minivlm.ops.cpu_shapes import of_rounded, padded
 
-MANY = 64  # rows from which on weights are multiplied layer by layer, and not all of a group at once
-ACROSS = {torch.bfloat16: range(2, MANY + 1), torch.float32: range(5, 49)}  # rows of a product
+MANY = 64  # rows beyond which weights are multiplied layer by layer, and not all of a group at once
+# Numbers of rows for which the weight is the left factor, in a product and in the gated MLP.
+ACROSS = {torch.bfloat16: range(2, MANY + 1), torch.float32: range(5, 49)}
 MLP_ACROSS = {torch.bfloat16: range(2, 513), torch.float32: range(5, 49)}
-BAGS = 4  # us of a layer of width 256 in bfloat16, bags / oneDNN: 2 rows 143 / 235, 4 rows 191 / 224, 8 rows 288 / 227
+# Most rows that have a bag of the columns each. Microseconds of the products of a layer of width 256 in bfloat16, by
+# bags / by oneDNN: 2 rows 143 / 235, 4 rows 191 / 224, 8 rows 288 / 227.
+BAGS = 4
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [.., K] by a weight [N, K] -> [.., N]."""
-    rows = x.numel() // x.shape[-1]
+    rows, (outputs, inputs) = x.numel() // x.shape[-1], weight.shape
     if rows > MANY:
         return many_rows(x, weight, bias)
-    return of_rows(weight, bias)(x.reshape(-1) if rows == 1 else x.reshape(rows, -1)).view(*x.shape[:-1], -1)
+    found = of_rows(weight, bias)(x.reshape(-1) if rows == 1 else x.reshape(rows, inputs))
+    return found.view(*x.shape[:-1], outputs)
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,8 +60,9 @@ def of_rows(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
             return vector(weight, x)
         if len(x) not in across:
             return many_rows(x, weight, bias)
-        out = torch.mm(weight, shaped(x).t())[:, : len(x)].t()
-        return out.contiguous() if bias is None else (out + bias).contiguous()
+        columns = shaped(x).t()
+        out = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return out[:, : len(x)].t().contiguous()
 
     return multiplied
 

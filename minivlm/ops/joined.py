@@ -1,7 +1,8 @@
 """Linear layers that read the same input, as one: their weights one above the other, so that one product does for all.
 
-A backend that wants this makes groups of a loaded model's layers, module by module. Each original goes at once, so
-there is never a second copy of the weights; and where they were loaded end to end, which `places` sees to, no copy.
+A backend that wants this makes groups of a loaded model's layers, module by module. Each original goes at once, so of
+no more than one group are there ever two copies; and where they were loaded end to end, which `places` sees to, there
+is no copy. Such a model is for inference where it is: it is not moved, filled again or trained.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from minivlm.errors import InputError
 from minivlm.ops.quantised import QuantisedLinear, widened
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one module that read the same input
@@ -66,7 +68,12 @@ class GroupedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[N, K] in the usual order, bit for bit what was loaded; a copy where it was packed or joined."""
+        """[N, K] in the usual order, bit for bit what was loaded; a copy where it was packed or joined.
+
+        Raises InputError where it was quantised.
+        """
+        if self.group.scale is not None:
+            raise InputError("a layer's weight was quantised while loading, expected weights as stored to read it")
         if not self.group.packed and len(self.group.sizes) == 1:
             return self.group.weight
         weight = self.group.weight.to_dense() if self.group.packed else self.group.weight
@@ -78,6 +85,8 @@ class GroupedLinear(nn.Module):
         return None if self.group.bias is None else self.group.bias.split(self.group.sizes)[self.index].clone()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        if self.group.scale is not None:
+            return  # as QuantisedLinear, which has no parameters either
         destination[prefix + "weight"] = self.weight.detach().contiguous()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias
@@ -91,6 +100,7 @@ def group_of(layers: Sequence[nn.Module]) -> Group | None:
 
 def join(model: nn.Module, make: Callable[[list[nn.Module]], Group], alone: bool) -> None:
     """Put what `make` makes of the layers of one input in their place; of layers that are `alone` too, if asked."""
+    model.requires_grad_(False)
     # Without the linear layers themselves: whoever holds them holds their weights, until the last is joined.
     for module in [module for module in model.modules() if not isinstance(module, LINEAR)]:
         layers = {name: child for name, child in module.named_children() if isinstance(child, LINEAR)}

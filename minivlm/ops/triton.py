@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as product
+from torch.nn.functional import linear
 
 from minivlm.errors import InputError
 from minivlm.kernels.activations import gelu, quick_gelu, swiglu
@@ -67,7 +67,7 @@ def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tup
     group = group_of(linears)
     if group is None:  # a model that was not prepared
         unit = _normalised(x, norm)
-        return tuple(linear(unit) for linear in linears)
+        return tuple(layer(unit) for layer in linears)
     if _few(x) and isinstance(norm, RMSNorm) and group.bias is None:
         y = skinny_linear(x, group.weight, group.scale, norm.weight, norm.eps, None, False)
         return y.split(group.sizes, dim=-1)
@@ -99,7 +99,7 @@ def encoder_end(
 ) -> Tensor:
     """What follows attention in an encoder layer: the same with a plain MLP. x and heads [N, P, D] -> [N, P, D]."""
     x, unit = add_layer_norm(output(heads), x, norm.weight, norm.bias, norm.eps)
-    inner = BIASED[activation](product(unit, fc1.weight), fc1.bias) if activation in BIASED else activation(fc1(unit))
+    inner = BIASED[activation](linear(unit, fc1.weight), fc1.bias) if activation in BIASED else activation(fc1(unit))
     return x + fc2(inner)
 
 

@@ -28,18 +28,25 @@ def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
         if steps and next(iter(steps.values())).keys is not cache.keys:
             steps.clear()  # the cache has grown: its old memory is not where the keys are
         if size not in steps:
-            steps[size] = Step(decoder, cache, size)
+            rope = next(iter(steps.values())).rope if steps else angles(decoder, cache)
+            steps[size] = Step(decoder, cache, size, rope)
         return steps[size](ids, rows)
 
     return step
 
 
+def angles(decoder: nn.Module, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position of a cache, two tensors [T, 1, C]."""
+    everywhere, config = torch.arange(cache.capacity, device=cache.keys.device), decoder.config
+    return rope_table(everywhere, config.head_dim, config.rope_theta, cache.keys.dtype)
+
+
 class Step:
     """A step of up to `size` rows over tensors that stay where they are."""
 
-    def __init__(self, decoder: nn.Module, cache: KVCache, size: int):
+    def __init__(self, decoder: nn.Module, cache: KVCache, size: int, rope: tuple[Tensor, Tensor]):
         device = cache.keys.device
-        self.decoder, self.cache, self.keys = decoder, cache, cache.keys
+        self.decoder, self.cache, self.keys, self.rope = decoder, cache, cache.keys, rope
         width = -(-size // 4) * 4  # every vector at a multiple of 16 bytes, see `sight`
         self.numbers = PADDING[:, None].repeat(1, width)
         if device.type == "cuda":
@@ -59,8 +66,6 @@ class Step:
             each=1,
             keys=cache.capacity,  # as many runs of keys as its end will need
         )
-        everywhere, config = torch.arange(cache.capacity, device=device), decoder.config
-        self.rope = rope_table(everywhere, config.head_dim, config.rope_theta, cache.keys.dtype)  # twice [T, 1, C]
         self.graph = self._captured() if device.type == "cuda" else None
 
     def __call__(self, ids: Sequence[int], rows: Rows) -> Tensor:

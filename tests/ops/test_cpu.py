@@ -14,6 +14,7 @@ from minivlm import checkpoint
 from minivlm.errors import InputError
 from minivlm.ops import cpu
 from minivlm.ops.backend import CPU, REFERENCE, SDPA, choose
+from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
@@ -102,7 +103,7 @@ def test_the_private_operators_are_tried_before_they_are_used(monkeypatch, fault
             raise AttributeError("_linear_pointwise: no such operator")
         return torch.zeros(1, 3)
 
-    monkeypatch.setattr(cpu, "_product", broken)
+    monkeypatch.setattr(cpu, "packed_product", broken)
     reason = cpu.missing.__wrapped__(torch.float32)
     assert ("no such operator" if fault == "no operator" else r"expected [[2, 3, 0]]") in reason
 
@@ -149,6 +150,20 @@ def test_gradients_are_refused_and_not_lost(tiny_of):
     model.requires_grad_(True)
     with pytest.raises(InputError, match="backend cpu: its joined weights have no gradients, expected sdpa or ref"):
         model([inputs])
+
+
+@pytest.mark.parametrize("rows", (1, 5, 100))
+@pytest.mark.parametrize("name", ("norm.weight", "gate_proj.group.weight", "down.group.weight"))
+def test_the_mlp_refuses_gradients_at_every_number_of_rows(rows, name):
+    block = nn.Module()
+    block.norm, block.down = RMSNorm(24, 1e-6), nn.Linear(40, 24, bias=False)
+    block.gate_proj, block.up_proj = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
+    cpu.prepare(block)
+    arguments = (torch.randn(rows, 24), block.norm, block.gate_proj, block.up_proj, block.down)
+    assert not cpu.gated_mlp(*arguments).requires_grad
+    block.get_parameter(name).requires_grad_(True)
+    with pytest.raises(InputError, match="backend cpu: its joined weights have no gradients"):
+        cpu.gated_mlp(*arguments)
 
 
 def test_a_layer_of_a_group_can_stand_alone():

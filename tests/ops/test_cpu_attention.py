@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from minivlm.ops import cpu_attention
+from minivlm.ops import cpu, cpu_attention
 from minivlm.ops.backend import CPU, REFERENCE
-from minivlm.ops.cpu_attention import SingleQueries, _by_gqa, _by_products
+from minivlm.ops.cpu_attention import SingleQueries, _by_gqa, _by_products, single_attention
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 
@@ -97,3 +97,18 @@ def test_single_queries_equal_float64(single, dtype):
             expected, found = torch.softmax(scores, dim=-1) @ v.double(), single(q, k, v, added)
             assert found.dtype == dtype
             assert float((found - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(v.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("packs", "dtype", "group", "expected"),
+    [
+        (True, torch.bfloat16, 2, _by_products),
+        (True, torch.float32, 2, scaled_dot_product_attention),
+        (False, torch.bfloat16, 3, _by_gqa),
+        (False, torch.bfloat16, 4, scaled_dot_product_attention),
+        (False, torch.float16, 2, scaled_dot_product_attention),
+    ],
+)
+def test_the_form_is_chosen_by_processor_type_and_group(packs, dtype, group, expected, monkeypatch):
+    monkeypatch.setattr(cpu, "packs", lambda: packs)
+    assert single_attention(dtype, group) is expected

@@ -8,11 +8,13 @@ from minivlm.ops import cpu_products
 from minivlm.ops.cpu_products import MLP_ACROSS, mlp_across, of_rows, product
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = (1, 2, 3, 4, 5, 8, 9, 31, 48, 49, 63, 64, 65, 130)
+ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 31, 48, 49, 63, 64, 65, 130)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     eps = torch.finfo(found.dtype).eps
+    if found.shape != expected.shape or not len(found):
+        return found.shape == expected.shape
     return float((found.double() - expected).abs().max()) <= 4 * eps * float(expected.abs().max())
 
 
@@ -34,6 +36,8 @@ def test_every_number_of_rows(dtype, columns, biased):
         assert found.is_contiguous() and near(found, expected), rows
         assert near(product(x.view(1, rows, 24), weight, bias)[0], expected), rows
         assert near(of_rows(weight, bias)(x), expected), rows
+        if not rows:
+            continue
         strided = torch.cat((x, x), dim=1).t().contiguous().t()[:, :24]
         assert near(of_rows(weight, bias)(strided), expected), rows
         assert torch.equal(x, numbers(rows, 24, dtype=dtype))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from minivlm.errors import InputError
 from minivlm.kernels.quantise import quantise_int8
 from minivlm.ops import joined
 from minivlm.ops.quantised import QuantisedLinear
@@ -71,5 +72,8 @@ def test_quantised_layers_join_their_scales():
     assert joined.quantised(made)
     for found, layer in zip(made.gate_proj.group.parts(x), layers, strict=True):
         assert torch.allclose(found, linear(x, layer.weight.float() * layer.scale[:, None]), atol=1e-6)
+    assert made.state_dict().keys() == set()
+    with pytest.raises(InputError, match="weight was quantised while loading"):
+        _ = made.up_proj.weight
     moved = made.to(torch.float64)
     assert moved.gate_proj.group.weight.dtype == torch.int8
