@@ -41,10 +41,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as x @ weight^T. In float32 it is not oneDNN's, and any number of rows will do."""
-    if weight.dtype == torch.float32:
-        return linear(x, weight, bias)
-    return of_rounded(lambda x: linear(x, weight, bias), x)
+    """The same as x @ weight^T."""
+    out = linear(shaped(x), weight, bias)
+    return out[: len(x)] if x.dim() == 2 else out
 
 
 def of_rows(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -76,7 +75,8 @@ def mlp_across(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def shaped(x: Tensor) -> Tensor:
-    """Rows x [S, K] as the library should get them: of 16 bits a rounded number, see cpu_shapes.py."""
+    """Rows x [S, K] as the library should get them: of 16 bits a rounded number, see cpu_shapes.py. In float32 plain
+    products are not oneDNN's, and any number will do."""
     return x if x.dtype == torch.float32 else padded(x)
 
 

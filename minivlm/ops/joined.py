@@ -40,15 +40,12 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
-        return linear(x, self.wide(x.dtype), self.bias)
+        weight = self.weight if self.scale is None else widened(self.weight, self.scale, x.dtype)
+        return linear(x, weight, self.bias)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one."""
         return self(x).split(self.sizes, dim=-1)
-
-    def wide(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] as a library multiplies it."""
-        return self.weight if self.scale is None else widened(self.weight, self.scale, dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Nothing: the layers save their own weights, under the checkpoint's names."""

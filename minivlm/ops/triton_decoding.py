@@ -6,6 +6,7 @@ from then on, so all that changes is read from tensors: ids, positions, slots, i
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +29,20 @@ def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
         if steps and next(iter(steps.values())).keys is not cache.keys:
             steps.clear()  # the cache has grown: its old memory is not where the keys are
         if size not in steps:
-            rope = next(iter(steps.values())).rope if steps else angles(decoder, cache)
-            steps[size] = Step(decoder, cache, size, rope)
+            steps[size] = Step(decoder, cache, size)
         return steps[size](ids, rows)
 
     return step
 
 
-def angles(decoder: nn.Module, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position of a cache, two tensors [T, 1, C]."""
-    everywhere, config = torch.arange(cache.capacity, device=cache.keys.device), decoder.config
-    return rope_table(everywhere, config.head_dim, config.rope_theta, cache.keys.dtype)
-
-
 class Step:
     """A step of up to `size` rows over tensors that stay where they are."""
 
-    def __init__(self, decoder: nn.Module, cache: KVCache, size: int, rope: tuple[Tensor, Tensor]):
+    def __init__(self, decoder: nn.Module, cache: KVCache, size: int):
         device = cache.keys.device
-        self.decoder, self.cache, self.keys, self.rope = decoder, cache, cache.keys, rope
+        self.decoder, self.cache, self.keys = decoder, cache, cache.keys
+        config = decoder.config
+        self.rope = _angles(cache.capacity, config.head_dim, config.rope_theta, cache.keys.dtype, device)
         width = -(-size // 4) * 4  # every vector at a multiple of 16 bytes, see `sight`
         self.numbers = PADDING[:, None].repeat(1, width)
         if device.type == "cuda":
@@ -100,3 +96,9 @@ class Step:
             with torch.cuda.graph(graph):
                 self.hidden = self._compute()
         return graph
+
+
+@lru_cache(maxsize=4)
+def _angles(positions: int, head_dim: int, theta: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position of a cache, two tensors [T, 1, C]: the same for steps of every size."""
+    return rope_table(torch.arange(positions, device=device), head_dim, theta, dtype)
