@@ -1,1 +1,2 @@
-"""Triton kernels, each below its plain PyTorch twin of the same signature. They import nothing of minivlm."""
+"""Kernels, each with its plain PyTorch twin: by Triton for a GPU; single_row.py, by Numba, for a CPU. They import
+nothing of minivlm."""

@@ -14,6 +14,8 @@ from time import perf_counter
 
 import torch
 
+from minivlm.kernels import single_row
+
 SMALL = 0.2  # share of the buffers that the quick form reads and multiplies
 
 
@@ -96,11 +98,14 @@ def _anonymous() -> int:
 
 
 def machine(device: torch.device, backend: str) -> dict[str, str]:
-    """What the numbers were measured on; transformers where it is installed."""
+    """What the numbers were measured on; transformers and Numba where they are installed."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     found = {"chip": chip, "python": platform.python_version(), "torch": torch.__version__}
-    with suppress(PackageNotFoundError):
-        found["transformers"] = version("transformers")
+    for name in ("transformers", "numba"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if backend == "cpu" and (reason := single_row.missing()) is not None:
+        found["kernels of single rows"] = f"the libraries' ({reason})"
     return found | {"backend": backend}
 
 

@@ -3,7 +3,8 @@
 - Linear layers that read the same input (q, k, v; gate, up) are one product.
 - Which product is fastest depends on the processor, see `packs`. Either the weights lie in the order in which oneDNN's
   kernels read them, packed once, after loading (the operators for it are private to PyTorch, so `missing` tries them
-  before the backend is chosen); or they stay as they are, see cpu_products.py, small ones by columns, see `SMALL`.
+  before the backend is chosen); or they stay as they are, see cpu_products.py; small ones by columns, and
+  single rows have kernels for the others, see cpu_groups.py.
 - Rows with one query attend together, and a step reads a cached key once for all query heads of its group where that
   is faster, see cpu_attention.py.
 - Rotary angles are looked up.
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
-from minivlm.errors import InputError
-from minivlm.ops import joined
+from minivlm.ops import cpu_groups, joined
+from minivlm.ops.cpu_groups import refuse_gradients
 from minivlm.ops.cpu_memory import keep_freed
 from minivlm.ops.cpu_products import MANY, MLP_ACROSS, mlp_across, product, shaped
-from minivlm.ops.cpu_quantised import QuantisedGroup, missing_quantised
+from minivlm.ops.cpu_quantised import missing_quantised, quantised_group
 from minivlm.ops.cpu_shapes import of_rounded
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.quantised import QuantisedLinear
@@ -30,13 +31,6 @@ from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
 ROWS = 1  # what oneDNN is told of the number of rows when it chooses an order; the order serves any number
-# Weights of at most so many numbers and without a bias are not packed but lie by columns. In 16 bits one row's product
-# is then the sum of the columns, weighted by the row, which is what embedding_bag computes, and a few rows have a bag
-# each; oneDNN spends 15 us on any product before it begins. Microseconds packed / as a vector / by columns, Intel
-# with AMX, bfloat16: 256x256 24 / 25 / 7, 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271.
-# In float32 it is MKL's product: the four of a layer of width 256 take 230 / 372 / 733 us for 2 / 8 / 32 rows where the
-# weights lie by rows, and 164 / 243 / 491 by columns. Other processors were not measured.
-SMALL = 2**19
 FIRST_POSITIONS = 2048  # rows of the first table of rotary angles
 
 
@@ -85,7 +79,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 # ---- joined linear layers
 
 
-class Group(joined.Group):
+class Group(cpu_groups.Group):
     """Layers of one input as one product, its weight packed or plain."""
 
     def __init__(self, linears: Sequence[nn.Linear], packed: bool):
@@ -94,30 +88,19 @@ class Group(joined.Group):
         if packed:
             self.weight = nn.Parameter(_reordered(self.weight), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _refuse_gradients(x, self.weight)
+    def several(self, x: Tensor) -> Tensor:
         return packed_product(x, self.weight, self.bias) if self.packed else product(x, self.weight, self.bias)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
         whole in memory, which saves more than one product costs."""
-        _refuse_gradients(x, self.weight)
+        refuse_gradients(x, self.weight)
         if self.packed or x.numel() <= MANY * x.shape[-1]:
             return super().parts(x)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         weights = zip(self.weight.split(self.sizes), biases, strict=True)
         more = shaped(x)
         return tuple(linear(more, *weight)[: len(x)] for weight in weights)
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether its weight lies as it was loaded."""
-        return not self.packed and self.weight.is_contiguous()
-
-
-def _refuse_gradients(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
 
 
 def prepare(model: nn.Module) -> None:
@@ -131,7 +114,7 @@ def prepare(model: nn.Module) -> None:
 def _group(linears: Sequence[nn.Module], packed: bool) -> joined.Group:
     """The layers of one input as one."""
     if isinstance(linears[0], QuantisedLinear):
-        return QuantisedGroup(linears)
+        return quantised_group(linears)
     columns = _small(linears)
     group = Group(linears, packed and not columns)
     if columns:
@@ -144,7 +127,7 @@ def _small(linears: Sequence[nn.Linear]) -> bool:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     plain = all(layer.bias is None for layer in linears)
-    return plain and sum(layer.weight.numel() for layer in linears) <= SMALL
+    return plain and sum(layer.weight.numel() for layer in linears) <= cpu_groups.SMALL
 
 
 # ---- the operations of the seam
@@ -159,7 +142,7 @@ def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: 
     """down(silu(gate(norm(x))) * up(norm(x))). x [S, D] -> [S, D]."""
     unit = _norm(x, norm)
     if len(x) in MLP_ACROSS.get(x.dtype, ()) and (weights := mlp_weights(gate, up, down)):
-        _refuse_gradients(unit, *weights)
+        refuse_gradients(unit, *weights)
         return mlp_across(unit, *weights)
     gated, lifted = _project(shaped(unit), (gate, up))  # [S or more, intermediate]
     if isinstance(gate, joined.GroupedLinear) and gated.is_contiguous():

@@ -9,7 +9,7 @@ One row is a vector [D], several are [B, D].
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
+from minivlm.kernels.single_row import RowAttention, RowLinear
 from minivlm.ops import cpu
 from minivlm.ops.cpu_attention import SingleQueries
 from minivlm.ops.cpu_products import MLP_ACROSS, mlp_across, of_rows
@@ -44,15 +45,16 @@ def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
 
 
 class Layer(NamedTuple):
-    """A decoder layer as functions of rows, and its part of the cache, two tensors [slots, capacity, K, C]."""
+    """A decoder layer as functions of rows x [.., D].
 
-    input_norm: Rowwise
+    qkv: x to the queries, keys and values of its norm, [.., (H + 2 K) C].
+    output: what attention found [.., H C], and x, to x plus the projection.
+    mlp: x to x plus the gated MLP of its norm.
+    """
+
     qkv: Rowwise
-    output: Rowwise
-    post_attention_norm: Rowwise
+    output: Callable[[Tensor, Tensor], Tensor]
     mlp: Rowwise
-    keys: Tensor
-    values: Tensor
 
 
 class Step:
@@ -69,46 +71,80 @@ class Step:
         )
         self.single_queries = SingleQueries(cache, heads, config.sliding_window)
         self.embeddings, self.norm = decoder.embed_tokens.weight.detach(), _norm(decoder.norm)
-        self.layers = [
-            Layer(
-                input_norm=_norm(layer.input_layernorm),
-                qkv=_rowwise(layer.self_attn.q_proj),
-                output=_rowwise(layer.self_attn.o_proj),
-                post_attention_norm=_norm(layer.post_attention_layernorm),
-                mlp=_mlp(layer.mlp),
-                keys=keys.transpose(1, 2),
-                values=values.transpose(1, 2),
-            )
-            for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True)
-        ]
+        self.several = [_layer(layer) for layer in decoder.layers]
+        self.one = [_row_layer(*layers, cache.keys.dtype) for layers in zip(decoder.layers, self.several, strict=True)]
+        self.places = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(*self.cache, strict=True)]
+        self.attention = None
+        if any(isinstance(layer.output, RowLinear) for layer in self.one):
+            self.attention = RowAttention(heads, *self.cache, self.cos, self.sin, config.sliding_window)
 
     def __call__(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The hidden states [B, D] of B rows' tokens, each at a position of a slot."""
         if max(positions) >= self.capacity:
             raise ValueError(f"position {max(positions)} does not fit in a cache of {self.capacity} positions")
-        attend = self.single_queries.of(slots, positions)
-        if len(ids) == 1:
-            ids, slots, positions = ids[0], slots[0], positions[0]
+        single = len(ids) == 1
+        if single and self.attention is not None:
+            attend = partial(self.attention, slot=slots[0], position=positions[0])
         else:
-            ids, slots, positions = torch.tensor((ids, slots, positions), device="cpu")
-        x = self.embeddings[ids].contiguous()  # [D] or [B, D]; tied ones may lie by columns
-        cos, sin = self.cos[positions], self.sin[positions]  # [1, C] or [B, 1, C]
-        lead = x.shape[:-1]  # () or (B,)
-        for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(layer.input_norm(x)).view(*lead, -1, self.channels)  # [.., H + 2 K, C]
-            qk, v = qkv.split_with_sizes(self.turned, -2)
-            q, k = torch.addcmul(qk * cos, qk.roll(self.half, -1), sin).split_with_sizes(self.heads, -2)
-            layer.keys[slots, positions] = k
-            layer.values[slots, positions] = v
-            x = x + layer.output(attend(number, q).view(*lead, -1))
-            x = x + layer.mlp(layer.post_attention_norm(x))
+            attend = self._attend(slots, positions)
+        x = self.embeddings[ids[0] if single else torch.tensor(ids, device="cpu")]  # [D] or [B, D]
+        x = x.contiguous()  # tied ones may lie by columns
+        for number, layer in enumerate(self.one if single else self.several):
+            x = layer.output(attend(number, layer.qkv(x)), x)
+            x = layer.mlp(x)
         return self.norm(x).view(-1, x.shape[-1])
+
+    def _attend(self, slots: Sequence[int], positions: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+        """A function (number of a layer, q, k and v [.., (H + 2 K) C]) -> [.., H C]: turn, store, attend."""
+        among = self.single_queries.of(slots, positions)
+        if len(slots) == 1:
+            slots, positions = slots[0], positions[0]
+        else:
+            slots, positions = torch.tensor((slots, positions), device="cpu")
+        cos, sin = self.cos[positions], self.sin[positions]  # [1, C] or [B, 1, C]
+
+        def attend(number: int, qkv: Tensor) -> Tensor:
+            lead = qkv.shape[:-1]  # () or (B,)
+            qk, v = qkv.view(*lead, -1, self.channels).split_with_sizes(self.turned, -2)
+            q, k = torch.addcmul(qk * cos, qk.roll(self.half, -1), sin).split_with_sizes(self.heads, -2)
+            keys, values = self.places[number]
+            keys[slots, positions], values[slots, positions] = k, v
+            return among(number, q).view(*lead, -1)
+
+        return attend
+
+
+def _layer(layer: nn.Module) -> Layer:
+    """By the libraries."""
+    attention = layer.self_attn
+    norm, qkv, project = _norm(layer.input_layernorm), _rowwise(attention.q_proj), _rowwise(attention.o_proj)
+    mlp_norm, mlp = _norm(layer.post_attention_layernorm), _mlp(layer.mlp)
+    return Layer(
+        qkv=lambda x: qkv(norm(x)),
+        output=lambda heads, x: x + project(heads),
+        mlp=lambda x: x + mlp(mlp_norm(x)),
+    )
+
+
+def _row_layer(layer: nn.Module, otherwise: Layer, dtype: torch.dtype) -> Layer:
+    """For a single row: this project's kernels where the weights lie as they read them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = attention.q_proj.group.row_linear(dtype, layer.input_layernorm)
+    output = attention.o_proj.group.row_linear(dtype)
+    inner = mlp.gate_proj.group.row_linear(dtype, layer.post_attention_layernorm, swiglu=True)
+    down = mlp.down_proj.group.row_linear(dtype)
+    return Layer(
+        qkv=qkv or otherwise.qkv,
+        output=output or otherwise.output,
+        mlp=otherwise.mlp if inner is None or down is None else lambda x: down(inner(x), x),
+    )
 
 
 def _rowwise(layer: GroupedLinear) -> Rowwise:
     """By the whole group of a layer."""
     group = layer.group
-    return group.forward if group.packed else of_rows(group.weight.detach(), group.bias)
+    plain = isinstance(group, cpu.Group) and not group.packed
+    return of_rows(group.weight.detach(), group.bias) if plain else group.several
 
 
 def _mlp(mlp: nn.Module) -> Rowwise:

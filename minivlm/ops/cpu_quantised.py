@@ -1,12 +1,13 @@
-"""Products with quantised weights on a CPU, for the backend `cpu`: joined layers of one input, their weights packed.
+"""Products with quantised weights on a CPU, for the backend `cpu`: joined layers of one input.
 
 - int8: the activations are quantised too, each row of them to 127 steps of its own largest value, when they come; the
   product is of integers, exact, and then scaled. So a row's result depends on the rows beside it by rounding alone,
-  which may take a number that lies between two steps to either.
-- int4: only the weights. Up to FEW rows go through PyTorch's product of packed nibbles, more through the weight
+  which may take a number that lies between two steps to either. The weights lie as they were made, and are the left
+  factor, as in cpu_products.py. Single rows have a kernel of this project, kernels/single_row.py, where it can run.
+- int4: only the weights, packed. Up to FEW rows go through PyTorch's product of packed nibbles, more through the weight
   widened for the moment, which is faster then.
 
-Both operators are private to PyTorch, so `missing_quantised` tries them before weights are packed for them.
+The operators are private to PyTorch, so `missing_quantised` tries them before weights are quantised for them.
 """
 
 from collections.abc import Sequence
@@ -18,16 +19,16 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from minivlm.kernels.quantise import GROUP, HALF, quantise_int4, quantise_int8
+from minivlm.kernels.single_row import LEAST_STEP
+from minivlm.ops import cpu_groups
 from minivlm.ops.cpu_shapes import of_rounded
-from minivlm.ops.joined import Group
 from minivlm.ops.quantised import QuantisedLinear, widened
 
 FEW = 16
 BLOCK, LANES = 64, 16  # rows that PyTorch packs together
-# A single row by int8 weights of at most 256 rows, or of just 256 columns, is computed by oneDNN 3.12's reference code,
-# as its own report says: 13 ms for 1536x256. Beside rows of zeros, of which `of_rounded` makes seven, it takes 0.05.
-NARROW = 256
-TINY = 1e-30  # the least step of a row, whose numbers may all be 0
+ACROSS = 32  # most rows by which int8 weights are multiplied as the left factor
+# Most rows that int8 weights are multiplied by at once: the sums, of 32 bits, stay in the caches for what follows.
+PIECE = 256
 
 
 @cache
@@ -40,57 +41,49 @@ def missing_quantised(form: str, dtype: torch.dtype) -> str | None:
     expected = 127 * widened(layer.weight, layer.scale, torch.float32).T  # [D, V]
     x = 127 * torch.eye(GROUP, dtype=dtype, device="cpu")
     try:
-        group = QuantisedGroup([layer])
-        found = torch.cat([group(x[:1]), group(x[1:FEW]), group(x)[FEW:]]).float()
+        product = quantised_group([layer]).several
+        found = torch.cat([product(x[:1]), product(x[1:FEW]), product(x)[FEW:]]).float()
     except (AttributeError, RuntimeError) as error:  # no such operator; no kernel for this type on this processor
         return " ".join(str(error).split())
     wrong = (found - expected).abs().max()
     return None if wrong <= expected.max() / 100 else f"its products are wrong by {wrong:g}"
 
 
-class QuantisedGroup(Group):
-    """Layers of one input as one product, its weight and scale in the order that the product reads."""
+def quantised_group(layers: Sequence[QuantisedLinear]) -> cpu_groups.Group:
+    """Layers of one input as one product."""
+    return Int8Group(layers) if layers[0].weight.dtype == torch.int8 else Int4Group(layers)
+
+
+class Int8Group(cpu_groups.Group):
+    """weight: int8 [N, K]; scale: float32 [N]."""
+
+    def several(self, x: Tensor) -> Tensor:
+        pieces = x.reshape(-1, self.inputs).split(PIECE)
+        return torch.cat([of_rounded(self._product, piece) for piece in pieces]).view(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(-1).float().div_(127).clamp_(min=LEAST_STEP)  # [S]
+        steps = (x / step[:, None]).round_().to(torch.int8)
+        if len(x) <= ACROSS:
+            sums = torch._int_mm(self.weight, steps.t())  # [N, S]
+            return (sums * self.scale[:, None]).mul_(step).t().to(x.dtype)
+        sums = torch._int_mm(steps, self.weight.t())  # [S, N]
+        return (sums * self.scale).mul_(step[:, None]).to(x.dtype)
+
+
+class Int4Group(cpu_groups.Group):
+    """weight and scale: in the order that PyTorch's product reads."""
 
     packed = True
 
     def __init__(self, layers: Sequence[QuantisedLinear]):
         super().__init__(layers)
-        if self.weight.dtype == torch.int8:
-            self.form, self.weight = "int8", torch.ops.onednn.qlinear_prepack(self.weight, None)
-            self.zeros = torch.zeros(len(self.scale), dtype=torch.int32, device="cpu")  # the grid is symmetric
-            self.single = len(self.scale) > NARROW and self.inputs != NARROW
-        else:
-            self.form, self.weight, self.scale = "int4", _packed_nibbles(self.weight), _scales(self.scale)
+        self.weight, self.scale = _packed_nibbles(self.weight), _scales(self.scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., K] -> [.., N_1 + N_2 + ..]."""
-        rows = x.reshape(-1, self.inputs)
-        if self.form == "int4":
-            out = of_rounded(self._by_4_bits, rows)
-        elif len(rows) == 1 and not self.single:
-            out = of_rounded(self._by_8_bits, pad(rows, (0, 0, 0, 1)))[:1]
-        else:
-            out = of_rounded(self._by_8_bits, rows)
-        return out.view(*x.shape[:-1], -1)
+    def several(self, x: Tensor) -> Tensor:
+        return of_rounded(self._product, x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
 
-    def _by_8_bits(self, x: Tensor) -> Tensor:
-        if len(x) > 1:
-            step = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_(min=TINY)  # [S, 1]
-            steps = (x / step).round_().to(torch.int8)
-            return self._integers(steps, 1.0, torch.float32).mul_(step).to(x.dtype)
-        step = max(x.abs().amax().item() / 127, TINY)  # the same in fewer operators
-        steps = (x.float() * (1 / step)).round_().to(torch.int8)
-        if x.dtype == torch.float16:  # which PyTorch 2.8's product does not return
-            return self._integers(steps, step, torch.float32).to(x.dtype)
-        return self._integers(steps, step, x.dtype)
-
-    def _integers(self, steps: Tensor, step: float, dtype: torch.dtype) -> Tensor:
-        """The product of whole numbers [S, K], times the weights' scales and the activations' step."""
-        return torch.ops.onednn.qlinear_pointwise(
-            steps, step, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, dtype, "none", [], ""
-        )
-
-    def _by_4_bits(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         if len(x) > FEW:
             return linear(x, self._widened(x.dtype))
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, GROUP, self.scale)[:, : sum(self.sizes)]

@@ -12,7 +12,8 @@ from torch import nn
 import minivlm
 from minivlm import checkpoint
 from minivlm.errors import InputError
-from minivlm.ops import cpu
+from minivlm.kernels import single_row
+from minivlm.ops import cpu, cpu_groups
 from minivlm.ops.backend import CPU, REFERENCE, SDPA, choose
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
@@ -44,12 +45,16 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
 }
 
 
-@pytest.fixture(params=["packed", "as vectors", "by columns"], autouse=True)
+@pytest.fixture(params=["packed", "as vectors", "by kernels", "by columns"], autouse=True)
 def form(request, monkeypatch):
     """Every form of the products, whichever this processor and these sizes are given."""
     monkeypatch.setattr(cpu, "packs", lambda: request.param == "packed")
     if request.param != "by columns":
-        monkeypatch.setattr(cpu, "SMALL", 0)
+        monkeypatch.setattr(cpu_groups, "SMALL", 0)
+    if request.param == "by kernels":
+        assert single_row.missing() is None, single_row.missing()
+    else:
+        monkeypatch.setattr(single_row, "missing", lambda: "not in this test")
     return request.param
 
 

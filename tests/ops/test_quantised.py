@@ -1,9 +1,5 @@
 """Quantised linear layers: the plain form, and the backend cpu's products with packed weights, against float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -12,10 +8,11 @@ from minivlm.errors import InputError
 from minivlm.kernels.quantise import dequantise_int4, dequantise_int8
 from minivlm.ops import cpu, cpu_quantised
 from minivlm.ops.backend import choose
-from minivlm.ops.cpu_quantised import FEW, NARROW, QuantisedGroup, missing_quantised
+from minivlm.ops.cpu_quantised import ACROSS, FEW, missing_quantised, quantised_group
 from minivlm.ops.quantised import FORMATS, PIECE, QuantisedLinear, quantise, widened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AT_ONCE = cpu_quantised.PIECE
 CPU = torch.device("cpu")
 
 
@@ -82,10 +79,10 @@ def by_8_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if missing_quantised("int8", dtype) is None])
 @pytest.mark.parametrize("sizes", [(64,), (48, 16, 16), (7, 9), (300, 20)])
-@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("rows", [1, 2, ACROSS, ACROSS + 1, AT_ONCE + 3])
 def test_int8_on_a_cpu_quantises_every_row_by_itself(dtype, sizes, rows):
     layers = [quantise(layer_of(size, 96, dtype, seed), "int8") for seed, size in enumerate(sizes)]
-    group, x = QuantisedGroup(layers), rows_of(rows, 96, dtype)
+    group, x = quantised_group(layers), rows_of(rows, 96, dtype)
     x[-1] *= 100  # a loud row leaves its neighbours alone
     found = torch.cat(group.parts(x), dim=-1).double()
     expected = by_8_bits(x, torch.cat([exact(layer) for layer in layers]))
@@ -101,7 +98,7 @@ def test_int8_on_a_cpu_quantises_every_row_by_itself(dtype, sizes, rows):
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 50])
 def test_int4_on_a_cpu_equals_the_weights_widened(dtype, sizes, rows):
     layers = [quantise(layer_of(size, 256, dtype, seed), "int4") for seed, size in enumerate(sizes)]
-    group, x = QuantisedGroup(layers), rows_of(rows, 256, dtype)
+    group, x = quantised_group(layers), rows_of(rows, 256, dtype)
     found = [part.double() for part in group.parts(x)]
     expected = [x.double() @ exact(layer).T for layer in layers]
     for ours, theirs in zip(found, expected, strict=True):
@@ -124,29 +121,3 @@ def test_a_wrong_product_is_noticed(monkeypatch):
     reason = missing_quantised("int4", torch.float32)
     missing_quantised.cache_clear()
     assert reason is not None
-
-
-REPORTED = """
-import sys, torch
-from minivlm.ops import cpu_quantised
-from minivlm.ops.quantised import QuantisedLinear
-cpu_quantised.NARROW = int(sys.argv[1])
-with torch.inference_mode():
-    for outputs, inputs in ((256, 1024), (1536, 256), (719, 256), (64, 300)):
-        layer = QuantisedLinear(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs))
-        cpu_quantised.QuantisedGroup([layer])(torch.ones(1, inputs, dtype=torch.bfloat16))
-"""
-
-
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="seen with AMX, the only one that was looked at")
-def test_a_single_row_of_a_narrow_layer_is_not_computed_by_reference_code():
-    """By oneDNN's own report. Without the rule it is, unless this oneDNN does better; then the rule can go."""
-    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
-    reports = [
-        subprocess.run(
-            [sys.executable, "-c", REPORTED, narrow], capture_output=True, text=True, check=True, env=environment
-        ).stdout
-        for narrow in (str(NARROW), "0")
-    ]
-    assert "exec,cpu,matmul" in reports[0] and "ref_int8" not in reports[0]
-    assert "ref_int8" in reports[1]

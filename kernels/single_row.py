@@ -1,0 +1,181 @@
+"""The work of a decoding step of one row on a CPU: the product of a row with a weight, with what surrounds it, and the
+attention of a row to its cache. Each weight, key and value is read once, and reading them is what takes the time.
+
+Shapes:     product: x [K], weight [N, K] -> [N]; with swiglu the weight is [gate | up], and the result [N / 2].
+            attention: q, k and v of one position [H + 2 K, C], keys and values [K, T, C] of a slot -> [H, C].
+Dtypes:     float32, float16, bfloat16. A weight of the same, or int8 with scale float32 [N]: then x is quantised too,
+            to 127 steps of its largest value, and the sums are of integers, exact. Other sums are in float32; what
+            the plain forms round on the way is rounded.
+Limits:     everything contiguous; C even. No more threads attend than there are key heads.
+Bytes:      N K weights of 4, 2 or 1 bytes; 2 C numbers of the cache for each visible position and key head.
+Operations: 2 N K; 4 C for each visible position and query head.
+
+The compiled forms are in single_row_numba.py. What is the same in every call is looked up once, when a layer or a
+cache is prepared for them.
+"""
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_STEPS = 2**31 // 127**2  # inputs of an int8 product, whose sum fits in 32 bits
+LEAST_STEP = 1e-30  # of a quantised row, whose numbers may all be 0
+
+
+@cache
+def compiled() -> ModuleType:
+    """The compiled forms, which take a third of a second to import."""
+    from minivlm.kernels import single_row_numba
+
+    return single_row_numba
+
+
+@cache
+def missing() -> str | None:
+    """Why the compiled forms cannot run here; None if they can, which is tried."""
+    if find_spec("numba") is None:
+        return "Numba is not installed, expected `pip install 'minivlm[cpu]'`"
+    try:
+        found, expected = compiled().answering_threads(), torch.get_num_threads()
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # other versions, OpenMP, no place for code
+        return " ".join(str(error).split())
+    return None if found == expected else f"{found} threads answer, expected {expected}"
+
+
+class RowLinear:
+    """The product of a row with a weight, perhaps of the row's RMSNorm, perhaps through SwiGLU.
+
+    Args:
+        weight: [N, K] of `dtype`, or int8; with swiglu [gate | up] one above the other.
+        scale: of an int8 weight [N], None otherwise.
+        norm: the weight [K] of an RMSNorm, or None; eps is its epsilon.
+        swiglu: the result is silu(gate x) * (up x), [N / 2].
+        dtype: of x, norm and the result.
+    """
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None, norm: Tensor | None, eps: float, swiglu: bool, dtype: torch.dtype
+    ):
+        quantised = weight.dtype == torch.int8
+        _require(weight.dtype in (dtype, torch.int8) and dtype in DTYPES, f"a weight of {weight.dtype} for {dtype}")
+        _require(quantised == (scale is not None), f"a weight of {weight.dtype} and a scale of {scale}")
+        _require(not quantised or weight.shape[1] <= MOST_STEPS, f"int8 of {weight.shape[1]} inputs")
+        for tensor, shape, kind in (
+            (weight, weight.shape, weight.dtype),
+            (scale, weight.shape[:1], torch.float32),
+            (norm, weight.shape[1:], dtype),
+        ):
+            if tensor is not None:
+                _require_like(tensor, shape, kind)
+        _require(not swiglu or len(weight) % 2 == 0, f"swiglu of {len(weight)} rows")
+        self.weight, self.scale, self.norm, self.eps, self.swiglu, self.dtype = weight, scale, norm, eps, swiglu, dtype
+        self.outputs, self.inputs = len(weight) // (1 + swiglu), weight.shape[1]
+        self._run, self._kernel = compiled().run, compiled().linear_kernel(dtype, quantised)
+        self._sizes = self.outputs, self.inputs, int(swiglu)
+        self._addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (norm, weight, scale))
+        (self._eps,) = struct.unpack("i", struct.pack("f", eps))
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [K], and what the result is added to [N], or None -> [N]."""
+        _require_like(x, (self.inputs,), self.dtype)
+        out = x.new_empty(self.outputs)
+        added = 0
+        if residual is not None:
+            _require_like(residual, out.shape, self.dtype)
+            added = residual.data_ptr()
+        self._run(self._kernel, *self._sizes, x.data_ptr(), *self._addresses, added, out.data_ptr(), self._eps)
+        return out
+
+    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same in PyTorch."""
+        if self.norm is not None:
+            wide = x.float()
+            x = (wide * torch.rsqrt(wide.square().mean() + self.eps)).to(x.dtype) * self.norm
+        if self.scale is None:
+            product = linear(x, self.weight)
+        else:
+            step = (x.float().abs().max() / 127).clamp(min=LEAST_STEP)
+            sums = self.weight.double() @ (x.float() / step).round().double()  # of integers, exact
+            product = (sums.float() * self.scale * step).to(x.dtype)
+        if self.swiglu:
+            gate, up = product.chunk(2)
+            product = silu(gate) * up
+        return product if residual is None else residual + product
+
+
+class RowAttention:
+    """The attention of a row to its slot of a cache, to which the row's own key and value are added.
+
+    Args:
+        heads: query heads, H.
+        keys, values: the cache, [layers, slots, K, T, C] of one type.
+        cos, sin: of each position's angles, [T or more, 1, C]; sin negative in its first half.
+        window: how many positions a query sees, its own included; None for all.
+    """
+
+    def __init__(self, heads: int, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, window: int | None):
+        self.heads, self.keys, self.values, self.cos, self.sin, self.window = heads, keys, values, cos, sin, window
+        self.dtype, (_, slots, kv_heads, self.capacity, channels) = keys.dtype, keys.shape
+        _require(self.dtype in DTYPES and channels % 2 == 0, f"a cache of {self.dtype} and {channels} channels")
+        _require(heads % kv_heads == 0, f"{heads} query heads for {kv_heads} key heads")
+        _require(len(cos) >= self.capacity, f"angles of {len(cos)} positions for {self.capacity}")
+        _require_like(keys, keys.shape, self.dtype)
+        _require_like(values, keys.shape, self.dtype)
+        for table in (cos, sin):
+            _require_like(table, (len(cos), 1, channels), self.dtype)
+        self.shape = heads + 2 * kv_heads, channels
+        self._run, self._kernel = compiled().run, compiled().attention_kernel(self.dtype, channels)
+        self._sizes = kv_heads, heads // kv_heads, self.capacity
+        self._slot, self._row = kv_heads * self.capacity * channels * keys.itemsize, channels * keys.itemsize
+        self._layer = slots * self._slot
+        self._addresses = tuple(tensor.data_ptr() for tensor in (cos, sin, keys, values))
+
+    def __call__(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
+        """qkv [(H + 2 K) C]: the position's queries and key before rotation, and its value -> [H * C]."""
+        _require_like(qkv, (self.shape[0] * self.shape[1],), self.dtype)
+        layers, slots = self.keys.shape[:2]
+        if not (0 <= layer < layers and 0 <= slot < slots and 0 <= position < self.capacity):
+            found = f"layer {layer}, slot {slot}, position {position}"
+            raise ValueError(f"row kernels: found {found} in a cache of {[layers, slots, self.capacity]} of them")
+        out = qkv.new_empty(self.heads * self.shape[1])
+        cos, sin, keys, values = self._addresses
+        angle, place = position * self._row, layer * self._layer + slot * self._slot
+        where = cos + angle, sin + angle, keys + place, values + place
+        self._run(self._kernel, *self._sizes, position, self._first(position), qkv.data_ptr(), *where, out.data_ptr())
+        return out
+
+    def plain(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
+        """The same in PyTorch."""
+        keys, values, kv_heads = self.keys[layer, slot], self.values[layer, slot], self.keys.shape[2]
+        qk, v = qkv.view(self.shape).split((self.heads + kv_heads, kv_heads))
+        qk = qk * self.cos[position] + qk.roll(self.shape[1] // 2, -1) * self.sin[position]
+        q, keys[:, position] = qk[: self.heads], qk[self.heads :]
+        values[:, position] = v
+        seen = slice(self._first(position), position + 1)
+        heads = scaled_dot_product_attention(
+            q[None, :, None], keys[None, :, seen], values[None, :, seen], enable_gqa=True
+        )
+        return heads.reshape(-1)
+
+    def _first(self, position: int) -> int:
+        """The first position that one sees."""
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+
+def _require(condition: bool, found: str) -> None:
+    if not condition:
+        raise ValueError(f"row kernels: found {found}")
+
+
+def _require_like(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """A wrong argument is an error, never an address."""
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+        raise ValueError(f"row kernels: found {found}, expected contiguous {dtype} {list(shape)} on cpu")

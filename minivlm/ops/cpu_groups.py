@@ -1,0 +1,61 @@
+"""Joined layers of a CPU, and which of their products of a single row are this project's kernels, see
+kernels/single_row.py: those with weights that are not small and lie as they were loaded or quantised, where Numba is
+installed."""
+
+import torch
+from torch import Tensor
+
+from minivlm.errors import InputError
+from minivlm.kernels import single_row
+from minivlm.kernels.single_row import RowLinear
+from minivlm.ops import joined
+from minivlm.ops.norms import RMSNorm
+
+# Weights of at most so many numbers have no kernel, which Numba takes time to load. Those that are not quantised and
+# have no bias lie by columns. In 16 bits one row's product is then the sum of the columns, weighted by the row, which
+# is what embedding_bag computes, and a few rows have a bag each; oneDNN spends 15 us on any product before it begins.
+# Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256 24 / 25 / 7, 1536x256 54 / 56 / 34,
+# 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32 it is MKL's product: the four of a layer of width 256
+# take 230 / 372 / 733 us for 2 / 8 / 32 rows where the weights lie by rows, and 164 / 243 / 491 by columns. Other
+# processors were not measured.
+SMALL = 2**19
+
+
+class Group(joined.Group):
+    """Layers of one input; what several rows are multiplied by is for others to say, in `several`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., N_1 + N_2 + ..]"""
+        refuse_gradients(x, self.weight)
+        single = self.single(x.dtype) if x.numel() == self.inputs else None
+        return self.several(x) if single is None else single(x.reshape(-1)).view(*x.shape[:-1], -1)
+
+    def several(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., N_1 + N_2 + ..], for any number of rows."""
+        raise NotImplementedError
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether its weight lies as it was loaded or quantised."""
+        return not self.packed and self.weight.is_contiguous()
+
+    def single(self, dtype: torch.dtype) -> RowLinear | None:
+        """`row_linear` of this type and nothing around it."""
+        made = self.__dict__.setdefault("made", {})
+        if dtype not in made:
+            made[dtype] = self.row_linear(dtype)
+        return made[dtype]
+
+    def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> RowLinear | None:
+        """The kernel for single rows of a type; None where there is none for this group."""
+        applies = self.by_rows and self.weight.numel() > SMALL and self.bias is None and dtype in single_row.DTYPES
+        if not applies or single_row.missing() is not None:
+            return None
+        around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
+        return RowLinear(self.weight.detach(), self.scale, *around, swiglu, dtype)
+
+
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raises InputError for tensors that a backward pass would want to come to."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise InputError("backend cpu: its joined weights have no gradients, expected sdpa or reference to train")
