@@ -4,9 +4,10 @@ attention of a row to its cache. Each weight, key and value is read once, and re
 Shapes:     product: x [K], weight [N, K] -> [N]; with swiglu the weight is [gate | up], and the result [N / 2].
             attention: q, k and v of one position [H + 2 K, C], keys and values [K, T, C] of a slot -> [H, C].
 Dtypes:     float32, float16, bfloat16. A weight of the same, or int8 with scale float32 [N]: then x is quantised too,
-            to 127 steps of its largest value, and the sums are of integers, exact. Other sums are in float32; what
-            the plain forms round on the way is rounded.
-Limits:     everything contiguous; C even. No more threads attend than there are key heads.
+            to steps of 1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32;
+            what the plain forms round on the way is rounded.
+Limits:     everything contiguous; N even with swiglu; C even, H a multiple of K; an int8 weight of at most 133,144
+            inputs. No more threads attend than there are key heads.
 Bytes:      N K weights of 4, 2 or 1 bytes; 2 C numbers of the cache for each visible position and key head.
 Operations: 2 N K; 4 C for each visible position and query head.
 
@@ -15,7 +16,7 @@ cache is prepared for them.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -37,16 +38,66 @@ def compiled() -> ModuleType:
     return single_row_numba
 
 
-@cache
-def missing() -> str | None:
-    """Why the compiled forms cannot run here; None if they can, which is tried."""
+def _reason(trial: Callable[[], str | None]) -> str | None:
+    """What a trial of compiled forms says, or what kept it from happening."""
     if find_spec("numba") is None:
         return "Numba is not installed, expected `pip install 'minivlm[cpu]'`"
     try:
-        found, expected = compiled().answering_threads(), torch.get_num_threads()
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # other versions, OpenMP, no place for code
+        from numba.core.errors import NumbaError
+    except ImportError as error:  # other versions of what it needs
         return " ".join(str(error).split())
-    return None if found == expected else f"{found} threads answer, expected {expected}"
+    # No OpenMP; no place to keep code, or no room; what was kept there is damaged; what cannot be compiled.
+    failures = (ImportError, AttributeError, OSError, RuntimeError, EOFError, NumbaError)
+    try:
+        return trial()
+    except failures as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@cache
+def missing() -> str | None:
+    """Why no compiled form can run here; None if PyTorch's threads answer."""
+
+    def trial() -> str | None:
+        found, expected = compiled().answering_threads(), torch.get_num_threads()
+        return None if found == expected else f"{found} threads answer, expected {expected}"
+
+    return _reason(trial)
+
+
+@cache
+def missing_linear(dtype: torch.dtype, quantised: bool) -> str | None:
+    """Why `RowLinear` cannot run here for a type; None if a small product is right."""
+
+    def trial() -> str | None:
+        weight = torch.arange(-60, 60, device="cpu").view(20, 6)
+        scale = torch.ones(20, device="cpu") if quantised else None
+        linear = RowLinear(weight.to(torch.int8 if quantised else dtype), scale, None, 0, False, dtype)
+        x = torch.tensor([1, -2, 127, 3, 0, 5], dtype=dtype, device="cpu")
+        return _difference(linear(x), linear.plain(x))
+
+    return missing() or _reason(trial)
+
+
+@cache
+def missing_attention(dtype: torch.dtype, channels: int) -> str | None:
+    """Why `RowAttention` cannot run here for a type and width of heads; None if a small one is right."""
+
+    def trial() -> str | None:
+        keys = torch.linspace(-1, 1, 10 * channels, device="cpu").view(1, 1, 2, 5, channels).to(dtype)
+        table = torch.ones(5, 1, channels, dtype=dtype, device="cpu")
+        attention = RowAttention(2, keys, -keys, table, table, None)
+        qkv = torch.linspace(2, -2, 6 * channels, device="cpu").to(dtype)
+        return _difference(attention(0, qkv, 0, 4), attention.plain(0, qkv, 0, 4))
+
+    return missing() or _reason(trial)
+
+
+def _difference(found: Tensor, expected: Tensor) -> str | None:
+    """Of two forms of a result, in words; None if it is of rounding."""
+    error = (found.float() - expected.float()).abs().max()
+    right = error <= 16 * torch.finfo(found.dtype).eps * expected.float().abs().max()
+    return None if right else f"its result is wrong by {error:g}"
 
 
 class RowLinear:
@@ -77,20 +128,20 @@ class RowLinear:
         _require(not swiglu or len(weight) % 2 == 0, f"swiglu of {len(weight)} rows")
         self.weight, self.scale, self.norm, self.eps, self.swiglu, self.dtype = weight, scale, norm, eps, swiglu, dtype
         self.outputs, self.inputs = len(weight) // (1 + swiglu), weight.shape[1]
-        self._run, self._kernel = compiled().run, compiled().linear_kernel(dtype, quantised)
-        self._sizes = self.outputs, self.inputs, int(swiglu)
-        self._addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in (norm, weight, scale))
+        self._kind, self._sizes = (dtype, quantised), (self.outputs, self.inputs, int(swiglu))
         (self._eps,) = struct.unpack("i", struct.pack("f", eps))
+        compiled().linear_kernel(*self._kind)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [K], and what the result is added to [N], or None -> [N]."""
         _require_like(x, (self.inputs,), self.dtype)
         out = x.new_empty(self.outputs)
-        added = 0
         if residual is not None:
             _require_like(residual, out.shape, self.dtype)
-            added = residual.data_ptr()
-        self._run(self._kernel, *self._sizes, x.data_ptr(), *self._addresses, added, out.data_ptr(), self._eps)
+        read = (x, self.norm, self.weight, self.scale, residual, out)
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in read)  # now: storage may have moved
+        made = compiled()
+        made.run(made.linear_kernel(*self._kind), *self._sizes, *addresses, self._eps)
         return out
 
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -131,11 +182,10 @@ class RowAttention:
         for table in (cos, sin):
             _require_like(table, (len(cos), 1, channels), self.dtype)
         self.shape = heads + 2 * kv_heads, channels
-        self._run, self._kernel = compiled().run, compiled().attention_kernel(self.dtype, channels)
+        compiled().attention_kernel(self.dtype, channels)
         self._sizes = kv_heads, heads // kv_heads, self.capacity
         self._slot, self._row = kv_heads * self.capacity * channels * keys.itemsize, channels * keys.itemsize
         self._layer = slots * self._slot
-        self._addresses = tuple(tensor.data_ptr() for tensor in (cos, sin, keys, values))
 
     def __call__(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
         """qkv [(H + 2 K) C]: the position's queries and key before rotation, and its value -> [H * C]."""
@@ -145,10 +195,15 @@ class RowAttention:
             found = f"layer {layer}, slot {slot}, position {position}"
             raise ValueError(f"row kernels: found {found} in a cache of {[layers, slots, self.capacity]} of them")
         out = qkv.new_empty(self.heads * self.shape[1])
-        cos, sin, keys, values = self._addresses
+        cos, sin, keys, values = (tensor.data_ptr() for tensor in (self.cos, self.sin, self.keys, self.values))
         angle, place = position * self._row, layer * self._layer + slot * self._slot
         where = cos + angle, sin + angle, keys + place, values + place
-        self._run(self._kernel, *self._sizes, position, self._first(position), qkv.data_ptr(), *where, out.data_ptr())
+        made = compiled()
+        kernel, numbers = (
+            made.attention_kernel(self.dtype, self.shape[1]),
+            (*self._sizes, position, self._first(position)),
+        )
+        made.run(kernel, *numbers, qkv.data_ptr(), *where, out.data_ptr())
         return out
 
     def plain(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:

@@ -26,6 +26,7 @@ from minivlm.bench.report import plot
 from minivlm.errors import InputError, NumericError
 from minivlm.evaluate import heldout
 from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION, SHIPPED
+from minivlm.ops.cpu_groups import without_kernels
 from minivlm.ops.cpu_threads import use_one_thread_if_small
 from minivlm.pipeline import Pipeline, choose_device
 from minivlm.processor.images import load_image
@@ -309,13 +310,16 @@ def _computed(vlm: Pipeline) -> dict[str, Any]:
     dtype, backend = str(weight.dtype).removeprefix("torch."), vlm.model.language_model.backend.name
     change = vlm.info.change
     form = {"weights": STORED} if change is None else {"weights": change.form, "logit_change": asdict(change)}
-    return {"dtype": dtype, "device": str(weight.device), "backend": backend, **form}
+    reason = without_kernels(vlm.model.language_model, weight.dtype)
+    slower = {} if reason is None else {"without_kernels": reason}
+    return {"dtype": dtype, "device": str(weight.device), "backend": backend, **slower, **form}
 
 
 def _where(vlm: Pipeline) -> str:
     computed = _computed(vlm)
     form = "" if computed["weights"] == STORED else " and {weights}"
-    return f"{{dtype}}{form} on {{device}} by {{backend}}".format(**computed)
+    slower = "" if "without_kernels" not in computed else " without kernels for single rows ({without_kernels})"
+    return f"{{dtype}}{form} on {{device}} by {{backend}}{slower}".format(**computed)
 
 
 def _plain(reply: Reply) -> dict[str, Any]:

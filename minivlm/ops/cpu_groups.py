@@ -3,7 +3,7 @@ kernels/single_row.py: those with weights that are not small and lie as they wer
 installed."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlm.errors import InputError
 from minivlm.kernels import single_row
@@ -11,13 +11,13 @@ from minivlm.kernels.single_row import RowLinear
 from minivlm.ops import joined
 from minivlm.ops.norms import RMSNorm
 
-# Weights of at most so many numbers have no kernel, which Numba takes time to load. Those that are not quantised and
-# have no bias lie by columns. In 16 bits one row's product is then the sum of the columns, weighted by the row, which
-# is what embedding_bag computes, and a few rows have a bag each; oneDNN spends 15 us on any product before it begins.
-# Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256 24 / 25 / 7, 1536x256 54 / 56 / 34,
-# 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32 it is MKL's product: the four of a layer of width 256
-# take 230 / 372 / 733 us for 2 / 8 / 32 rows where the weights lie by rows, and 164 / 243 / 491 by columns. Other
-# processors were not measured.
+# Weights of at most so many numbers do without a kernel: Numba takes a third of a second to load. If they have no bias
+# and are not quantised they lie by columns. In 16 bits one row's product is then the sum of the columns, weighted by
+# the row, which is what embedding_bag computes, and a few rows have a bag each; oneDNN spends 15 us on any product
+# before it begins. Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256 24 / 25 / 7,
+# 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32 it is MKL's product: the four
+# of a layer of width 256 take 230 / 372 / 733 us for 2 / 8 / 32 rows where the weights lie by rows, and 164 / 243 / 491
+# by columns. Other processors were not measured.
 SMALL = 2**19
 
 
@@ -27,8 +27,8 @@ class Group(joined.Group):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
         refuse_gradients(x, self.weight)
-        single = self.single(x.dtype) if x.numel() == self.inputs else None
-        return self.several(x) if single is None else single(x.reshape(-1)).view(*x.shape[:-1], -1)
+        single = self.row_linear(x.dtype) if x.numel() == self.inputs else None
+        return self.several(x) if single is None else single(x.reshape(-1).contiguous()).view(*x.shape[:-1], -1)
 
     def several(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..], for any number of rows."""
@@ -39,20 +39,27 @@ class Group(joined.Group):
         """Whether its weight lies as it was loaded or quantised."""
         return not self.packed and self.weight.is_contiguous()
 
-    def single(self, dtype: torch.dtype) -> RowLinear | None:
-        """`row_linear` of this type and nothing around it."""
-        made = self.__dict__.setdefault("made", {})
-        if dtype not in made:
-            made[dtype] = self.row_linear(dtype)
-        return made[dtype]
+    @property
+    def large(self) -> bool:
+        """Whether it is to have kernels."""
+        return self.by_rows and self.weight.numel() > SMALL and self.bias is None
+
+    def missing(self, dtype: torch.dtype) -> str | None:
+        """Why there is no kernel for rows of a type."""
+        return single_row.missing_linear(dtype, self.scale is not None)
 
     def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> RowLinear | None:
         """The kernel for single rows of a type; None where there is none for this group."""
-        applies = self.by_rows and self.weight.numel() > SMALL and self.bias is None and dtype in single_row.DTYPES
-        if not applies or single_row.missing() is not None:
+        if not self.large or dtype not in single_row.DTYPES or self.missing(dtype) is not None:
             return None
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
         return RowLinear(self.weight.detach(), self.scale, *around, swiglu, dtype)
+
+
+def without_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why single rows do without kernels in a model that is to have them; None if they have them, or are not to."""
+    groups = (module for module in model.modules() if isinstance(module, Group) and module.large)
+    return next((group.missing(dtype) for group in groups), None)
 
 
 def refuse_gradients(*tensors: Tensor) -> None:

@@ -5,7 +5,7 @@
                 and of few rows the weight is by far the larger one
     more        x @ weight^T
 
-Small weights lie by columns, see `SMALL` in cpu.py, and any number of rows is multiplied by those.
+Small weights lie by columns, see `SMALL` in cpu_groups.py, and any number of rows is multiplied by those.
 
 Microseconds of 7168x1024, one thread of an Intel with AMX, the weights not in its caches, x @ weight^T / weight @ x^T
 and transposed: bfloat16, which one row reads in 1,200: 8 rows 1735 / 1348, 64 rows 2649 / 1977, 160 rows 3396 / 4482;

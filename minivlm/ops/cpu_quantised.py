@@ -2,8 +2,9 @@
 
 - int8: the activations are quantised too, each row of them to 127 steps of its own largest value, when they come; the
   product is of integers, exact, and then scaled. So a row's result depends on the rows beside it by rounding alone,
-  which may take a number that lies between two steps to either. The weights lie as they were made, and are the left
-  factor, as in cpu_products.py. Single rows have a kernel of this project, kernels/single_row.py, where it can run.
+  which may take a number that lies between two steps to either. The weights lie as they were made, and of few rows are
+  the left factor, as in cpu_products.py. Single rows have a kernel of this project, kernels/single_row.py, where it can
+  run.
 - int4: only the weights, packed. Up to FEW rows go through PyTorch's product of packed nibbles, more through the weight
   widened for the moment, which is faster then.
 
@@ -26,8 +27,10 @@ from minivlm.ops.quantised import QuantisedLinear, widened
 
 FEW = 16
 BLOCK, LANES = 64, 16  # rows that PyTorch packs together
-ACROSS = 32  # most rows by which int8 weights are multiplied as the left factor
-# Most rows that int8 weights are multiplied by at once: the sums, of 32 bits, stay in the caches for what follows.
+# Most rows by which int8 weights are multiplied as the left factor. Microseconds of 5632x1024, weights as the left /
+# the right one: 8 rows 800 / 1083, 32 rows 887 / 1351; 64 rows with what follows 1994 / 1671.
+ACROSS = 32
+# Most rows at once: the sums, of 32 bits, stay in the caches for what follows. 1,000 rows take 23.8 ms, 30.8 at once.
 PIECE = 256
 
 
@@ -46,7 +49,7 @@ def missing_quantised(form: str, dtype: torch.dtype) -> str | None:
     except (AttributeError, RuntimeError) as error:  # no such operator; no kernel for this type on this processor
         return " ".join(str(error).split())
     wrong = (found - expected).abs().max()
-    return None if wrong <= expected.max() / 100 else f"its products are wrong by {wrong:g}"
+    return None if wrong <= expected.max() / 100 else f"its products are inexact here, wrong by {wrong:g}"
 
 
 def quantised_group(layers: Sequence[QuantisedLinear]) -> cpu_groups.Group:

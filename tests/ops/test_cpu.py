@@ -52,9 +52,9 @@ def form(request, monkeypatch):
     if request.param != "by columns":
         monkeypatch.setattr(cpu_groups, "SMALL", 0)
     if request.param == "by kernels":
-        assert single_row.missing() is None, single_row.missing()
+        assert single_row.missing_linear(torch.float32, False) is None
     else:
-        monkeypatch.setattr(single_row, "missing", lambda: "not in this test")
+        monkeypatch.setattr(single_row, "missing_linear", lambda dtype, quantised: "not in this test")
     return request.param
 
 
@@ -221,6 +221,17 @@ def test_small_weights_of_16_bits_lie_by_columns(form, tied):
     assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
     x = torch.randn(1, 24, dtype=torch.bfloat16)
     torch.testing.assert_close(block.head(x), nn.functional.linear(x, weight), rtol=0.01, atol=0.01)
+
+
+def test_a_strided_row_is_multiplied_as_any(form):
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.head = nn.Linear(24, 40, bias=False)
+    weight = block.head.weight.detach().clone()
+    cpu.prepare(block)
+    x = torch.randn(24, 2).t()[:1]
+    torch.testing.assert_close(block.head(x), nn.functional.linear(x, weight))
+    assert (cpu_groups.without_kernels(block, torch.float32) is not None) is (form == "as vectors")
 
 
 # ---- the operations

@@ -10,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import minivlm
 from minivlm.decoder.mistral import MistralDecoder
+from minivlm.kernels.single_row import RowLinear
 from minivlm.ops import cpu_attention
 from minivlm.ops.backend import CPU
-from minivlm.ops.cpu_decoding import decoding
+from minivlm.ops.cpu_decoding import Step, decoding
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.sampler import Sampling
@@ -143,6 +144,14 @@ def test_what_is_masked_may_be_no_number(tiny_of):
         (clean, ids), (spoilt, _) = prefilled(decoder), prefilled(decoder, garbage=torch.nan)
         expected, found = (last_ids(decoder, cache, ids, range(6)) for cache in (clean, spoilt))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_are_what_computes_a_single_row(tiny_of, form):  # noqa: F811
+    decoder = decoder_of(tiny_of("next-mistral").folder, torch.bfloat16)
+    step = Step(decoder, decoder.new_cache(1, 4))
+    kernels = [isinstance(part, RowLinear) for layer in step.one for part in (layer.qkv, layer.output)]
+    assert kernels == [form == "by kernels"] * len(kernels) and kernels
+    assert (step.attention is not None) is (form == "by kernels")
 
 
 def test_a_position_beyond_the_cache_is_refused(tiny_of):

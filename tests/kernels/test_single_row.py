@@ -1,5 +1,8 @@
 """The CPU's kernels of a single row, compiled by Numba, against float64 and against their plain forms."""
 
+import copy
+import os
+import pickle
 import re
 import subprocess
 import sys
@@ -99,18 +102,45 @@ def test_int8_sums_are_exact(dtype):
     assert torch.equal(linear(x), expected.to(dtype))
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("form", ["stored", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zeros_and_what_is_not_a_number(dtype, form):
-    linear = linear_of(18, 64, dtype, form, True, True)
-    assert torch.equal(linear(torch.zeros(64, dtype=dtype)), torch.zeros(9, dtype=dtype))
-    x = numbers(64, dtype=dtype)
-    x[5] = torch.nan
-    if form == "stored":
-        assert linear(x).isnan().all()
-    plain = linear_of(18, 64, dtype, "stored", False, False)
-    x[5] = torch.inf
-    assert torch.equal(plain(x).isfinite(), plain.plain(x).isfinite())
+def test_zeros_and_what_is_not_a_number(dtype, form, normed):
+    """A broken row must not come out whole: who samples would not notice."""
+    for swiglu in (False, True):
+        linear = linear_of(18, 64, dtype, form, normed, swiglu)
+        assert not linear(torch.zeros(64, dtype=dtype)).any()
+        for broken in (torch.nan, torch.inf, -torch.inf):
+            x = numbers(64, dtype=dtype)
+            x[5] = broken
+            found = linear(x).isfinite()
+            assert torch.equal(found, linear.plain(x).isfinite()) or not found.any()
+            assert torch.isinf(x).any() or not found.any()
+            assert form == "stored" or not found.any()
+
+
+def test_an_epsilon_too_small_for_float32():
+    linear = RowLinear(numbers(18, 64), None, torch.ones(64), 1e-50, False, torch.float32)
+    assert linear(torch.zeros(64)).isnan().all()  # 0 / 0, as in the plain form
+    assert linear.plain(torch.zeros(64)).isnan().all()
+
+
+@pytest.mark.parametrize("gate", [-3e38, -1e30, -100, -87, -20, 100, 1e30])
+def test_swiglu_of_large_gates(gate):
+    linear = RowLinear(torch.tensor([[gate], [1.0]]), None, None, 0, True, torch.float32)
+    torch.testing.assert_close(linear(torch.ones(1)), linear.plain(torch.ones(1)), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_move_are_followed():
+    """No address outlives what lies there: a copy reads its own weights, and so does a process that gets one."""
+    linear, x = linear_of(18, 64, torch.float32, "stored", False, False), numbers(64)
+    expected = linear(x)
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        linear.weight.zero_()
+        assert torch.equal(other(x), expected)
+        linear.weight.copy_(other.weight)
+    linear.weight.share_memory_()
+    assert torch.equal(linear(x), expected)
 
 
 def test_rows_of_a_strided_or_wrong_kind_are_refused():
@@ -276,6 +306,28 @@ def test_what_is_compiled_is_kept_on_disk(tmp_path):
     assert run() == run() != set()
 
 
+TOLD = """
+import torch
+from minivlm.kernels import single_row
+print(single_row.missing_linear(torch.float32, False), single_row.missing_attention(torch.float32, 10), sep="|")
+"""
+
+
+@pytest.mark.parametrize("damage", ["empty", "another kernel's"])
+def test_what_was_kept_and_is_damaged_is_not_used(tmp_path, damage):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+
+    def told() -> list[str]:
+        command = [sys.executable, "-c", TOLD]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split("|")
+
+    assert [words.strip() for words in told()] == ["None", "None"]
+    linear, attention = (next((tmp_path / "kept").rglob(f"*{name}*.nbc")) for name in ("linear", "attention"))
+    linear.write_bytes(b"" if damage == "empty" else attention.read_bytes())
+    found = told()
+    assert found[0] != "None" and found[1].strip() == "None"
+
+
 def test_without_numba_or_without_its_threads_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(single_row, "find_spec", lambda name: None)
     assert single_row.missing.__wrapped__() == "Numba is not installed, expected `pip install 'minivlm[cpu]'`"
@@ -287,4 +339,4 @@ def test_without_numba_or_without_its_threads_the_reason_is_said(monkeypatch):
         raise RuntimeError("cannot cache function:\n no locator")
 
     monkeypatch.setattr(single_row.compiled(), "answering_threads", refuse)
-    assert single_row.missing.__wrapped__() == "cannot cache function: no locator"
+    assert single_row.missing.__wrapped__() == "RuntimeError: cannot cache function: no locator"
