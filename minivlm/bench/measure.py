@@ -105,7 +105,7 @@ def machine(device: torch.device, backend: str) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     if backend == "cpu" and (reason := single_row.missing()) is not None:
-        found["kernels of single rows"] = f"the libraries' ({reason})"
+        found["single rows"] = f"by the libraries ({reason})"
     return found | {"backend": backend}
 
 

@@ -32,14 +32,16 @@ Rowwise = Callable[[Tensor], Tensor]  # of one row or several: [.., K] to [.., N
 
 def decoding(decoder: nn.Module, cache: KVCache) -> Callable:
     """A function (ids of B rows, rows) -> hidden states [B, D]: the next token of every row through the decoder."""
-    made: list[Step] = []
+    prepared = isinstance(decoder.lm_head, GroupedLinear)
+    made = Step(decoder, cache) if prepared else None  # now, since kernels may have to be compiled
 
     def step(ids: Sequence[int], rows: Rows) -> Tensor:
-        if not isinstance(decoder.lm_head, GroupedLinear):  # it was not prepared
+        nonlocal made
+        if made is None:
             return decoder(decoder.embed_tokens(torch.tensor(ids, device=cache.keys.device)), rows, cache)
-        if not made or made[0].cache[0] is not cache.keys:  # the cache has grown
-            made[:] = [Step(decoder, cache)]
-        return made[0](ids, rows.slots, rows.starts)
+        if made.cache[0] is not cache.keys:  # the cache has grown
+            made = Step(decoder, cache)
+        return made(ids, rows.slots, rows.starts)
 
     return step
 
