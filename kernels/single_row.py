@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MOST_STEPS = 2**31 // 127**2  # inputs of an int8 product, whose sum fits in 32 bits
+MOST_INPUTS = 2**31 // 127**2  # of an int8 product, so that its sums fit in 32 bits
 LEAST_STEP = 1e-30  # of a quantised row, whose numbers may all be 0
 
 
@@ -72,9 +72,9 @@ def missing_linear(dtype: torch.dtype, quantised: bool) -> str | None:
     def trial() -> str | None:
         weight = torch.arange(-60, 60, device="cpu").view(20, 6)
         scale = torch.ones(20, device="cpu") if quantised else None
-        linear = RowLinear(weight.to(torch.int8 if quantised else dtype), scale, None, 0, False, dtype)
+        product = RowLinear(weight.to(torch.int8 if quantised else dtype), scale, None, 0, False, dtype)
         x = torch.tensor([1, -2, 127, 3, 0, 5], dtype=dtype, device="cpu")
-        return _difference(linear(x), linear.plain(x))
+        return _difference(product(x), product.plain(x))
 
     return missing() or _reason(trial)
 
@@ -117,7 +117,7 @@ class RowLinear:
         quantised = weight.dtype == torch.int8
         _require(weight.dtype in (dtype, torch.int8) and dtype in DTYPES, f"a weight of {weight.dtype} for {dtype}")
         _require(quantised == (scale is not None), f"a weight of {weight.dtype} and a scale of {scale}")
-        _require(not quantised or weight.shape[1] <= MOST_STEPS, f"int8 of {weight.shape[1]} inputs")
+        _require(not quantised or weight.shape[1] <= MOST_INPUTS, f"int8 of {weight.shape[1]} inputs")
         for tensor, shape, kind in (
             (weight, weight.shape, weight.dtype),
             (scale, weight.shape[:1], torch.float32),

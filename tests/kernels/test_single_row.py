@@ -22,7 +22,7 @@ SIZES = [(1, 2), (2, 1), (14, 31), (16, 100), (18, 64), (666, 257)]  # outputs, 
 EPS = 1e-5
 
 
-@pytest.fixture(params=[1, 3], autouse=True)
+@pytest.fixture(params=[1, 3])
 def threads(request):
     """Three are more than some of the sizes have outputs, or key heads."""
     before = torch.get_num_threads()
@@ -72,7 +72,7 @@ def exact(linear: RowLinear, x: torch.Tensor, residual: torch.Tensor | None) -> 
 @pytest.mark.parametrize("form", ["stored", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_product_with_all_that_surrounds_it(sizes, dtype, form):
+def test_a_product_with_all_that_surrounds_it(sizes, dtype, form, threads):
     """At most twice as wrong as the plain form in the same type, and nothing beside the result is written."""
     for normed, swiglu, added in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)):
         if swiglu and sizes[0] % 2:
@@ -164,7 +164,7 @@ def test_rows_of_a_strided_or_wrong_kind_are_refused():
         RowLinear(torch.zeros(1, 133145, dtype=torch.int8), torch.ones(1), None, 0, False, torch.float32)
 
 
-def test_calls_from_several_threads_at_once():
+def test_calls_from_several_threads_at_once(threads):
     linear = linear_of(666, 257, torch.bfloat16, "stored", True, True)
     rows = [numbers(257, dtype=torch.bfloat16, seed=seed) for seed in range(40)]
     alone = [linear(row) for row in rows]
@@ -197,7 +197,7 @@ def fill(attention: RowAttention, layer: int, slot: int, positions: range) -> No
 @pytest.mark.parametrize("window", [None, 1, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_attention_reads_what_is_visible_and_writes_one_position(heads, dtype, window):
+def test_attention_reads_what_is_visible_and_writes_one_position(heads, dtype, window, threads):
     attention = attention_of(heads, dtype, window)
     for position in (0, 1, 30, 31, 32, 63, 64, CAPACITY - 1):
         attention.keys.fill_(torch.nan), attention.values.fill_(torch.nan)
