@@ -76,6 +76,8 @@ def missing_linear(dtype: torch.dtype, quantised: bool) -> str | None:
         x = torch.tensor([1, -2, 127, 3, 0, 5], dtype=dtype, device="cpu")
         return _difference(product(x), product.plain(x))
 
+    if dtype not in DTYPES:
+        return f"there is none for {dtype}"
     return missing() or _reason(trial)
 
 
@@ -199,11 +201,8 @@ class RowAttention:
         angle, place = position * self._row, layer * self._layer + slot * self._slot
         where = cos + angle, sin + angle, keys + place, values + place
         made = compiled()
-        kernel, numbers = (
-            made.attention_kernel(self.dtype, self.shape[1]),
-            (*self._sizes, position, self._first(position)),
-        )
-        made.run(kernel, *numbers, qkv.data_ptr(), *where, out.data_ptr())
+        kernel, visible = made.attention_kernel(self.dtype, self.shape[1]), (position, self._first(position))
+        made.run(kernel, *self._sizes, *visible, qkv.data_ptr(), *where, out.data_ptr())
         return out
 
     def plain(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
@@ -214,10 +213,8 @@ class RowAttention:
         q, keys[:, position] = qk[: self.heads], qk[self.heads :]
         values[:, position] = v
         seen = slice(self._first(position), position + 1)
-        heads = scaled_dot_product_attention(
-            q[None, :, None], keys[None, :, seen], values[None, :, seen], enable_gqa=True
-        )
-        return heads.reshape(-1)
+        k, v = keys[None, :, seen], values[None, :, seen]
+        return scaled_dot_product_attention(q[None, :, None], k, v, enable_gqa=True).reshape(-1)
 
     def _first(self, position: int) -> int:
         """The first position that one sees."""

@@ -1,13 +1,13 @@
 """What single_row.py calls, compiled by Numba for this processor.
 
-A kernel runs in all of PyTorch's threads at once, see openmp.py; they share the outputs, or the key heads, and nothing
-else.
+A kernel runs in all of PyTorch's threads at once, see openmp.py; they share the outputs or the key heads.
 
 A number of 16 bits lies in memory as an integer, and is float32 as soon as it is read; `wide` and `narrow` are the ways
-there and back. The compiler vectorises the loops, which it may do to a sum only where it may change the order, `SUMS`.
+there and back. Such a function, that only raises, is a name: Numba compiles what stands below it, under `overload`, for
+the types it is called with. Loops are vectorised, those of a sum only where its order may change, see `SUMS`.
 
-All of it is in one file since Numba keeps what it compiled on the disk, in `__pycache__` or else in the user's cache,
-and compiles anew only when that function's own file has changed. It takes two to four seconds a kernel and type.
+All that is compiled is in one file since Numba keeps it on the disk, in `__pycache__` or else in the user's cache, and
+compiles anew only when that function's own file has changed. It takes two to four seconds a kernel and type.
 """
 
 import math
@@ -28,13 +28,6 @@ BLOCK = 32  # keys that are widened to float32 at a time
 SUMS = {"reassoc", "contract"}  # what the compiler may change: the order of a sum, and a product that is added
 # What stands for each type; of 16 bits one is signed and one is not, only to tell them apart in `wide` and `narrow`.
 FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
-
-
-def answering_threads() -> int:
-    """How many threads run a kernel."""
-    answers = torch.zeros(torch.get_num_threads(), dtype=torch.int64, device="cpu")
-    run(_count_threads.address, len(answers), answers.data_ptr())
-    return int(answers.sum())
 
 
 def _address(kernel: Callable, name: str) -> int:
@@ -71,6 +64,13 @@ half_of_float = _instruction(
 @cfunc(KERNEL, cache=True)
 def _count_threads(arguments):
     carray(pointer(arguments[1]), (arguments[0],), np.int64)[thread_number()] += 1
+
+
+def answering_threads() -> int:
+    """How many threads run a kernel."""
+    answers = torch.zeros(torch.get_num_threads(), dtype=torch.int64, device="cpu")
+    run(_count_threads.address, len(answers), answers.data_ptr())
+    return int(answers.sum())
 
 
 @intrinsic

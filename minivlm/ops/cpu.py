@@ -94,9 +94,9 @@ class Group(cpu_groups.Group):
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one. Many rows go through plain weights layer by layer: each result is then
         whole in memory, which saves more than one product costs."""
-        refuse_gradients(x, self.weight)
         if self.packed or x.numel() <= MANY * x.shape[-1]:
             return super().parts(x)
+        refuse_gradients(x, self.weight)
         biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
         weights = zip(self.weight.split(self.sizes), biases, strict=True)
         more = shaped(x)

@@ -50,7 +50,7 @@ class Group(joined.Group):
 
     def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> RowLinear | None:
         """The kernel for single rows of a type; None where there is none for this group."""
-        if not self.large or dtype not in single_row.DTYPES or self.missing(dtype) is not None:
+        if not self.large or self.missing(dtype) is not None:
             return None
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
         return RowLinear(self.weight.detach(), self.scale, *around, swiglu, dtype)

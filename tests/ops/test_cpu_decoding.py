@@ -154,6 +154,18 @@ def test_kernels_are_what_computes_a_single_row(tiny_of, form):  # noqa: F811
     assert (step.attention is not None) is (form == "by kernels")
 
 
+def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
+    """In float32, but for numbers between two steps of 127, which may fall to either."""
+    vlm = minivlm.load(tiny_of("next-mistral").folder, device="cpu", dtype="float32", backend="cpu", weights="int8")
+    decoder, ids = vlm.model.language_model, list(range(5, 5 + LENGTH))
+    with torch.inference_mode():
+        whole = decoder(decoder.embed_tokens(torch.tensor(ids)), Rows.causal([LENGTH]), None)[3:]
+        found = steps(decoder, ids, 1, LENGTH)
+        by_kernels = isinstance(Step(decoder, decoder.new_cache(1, 4)).one[0].qkv, RowLinear)
+    assert by_kernels is (form == "by kernels")
+    assert (found - whole).norm() <= 0.005 * whole.norm()
+
+
 def test_a_position_beyond_the_cache_is_refused(tiny_of):
     decoder = decoder_of(tiny_of("llava").folder, "float32")
     step = decoding(decoder, decoder.new_cache(1, 4))

@@ -93,6 +93,19 @@ def test_int8_on_a_cpu_quantises_every_row_by_itself(dtype, sizes, rows):
     assert torch.equal(group(torch.zeros_like(x)), torch.zeros_like(found, dtype=dtype))
 
 
+@pytest.mark.parametrize("rows", [1, 2, ACROSS, ACROSS + 1, AT_ONCE, AT_ONCE + 3])
+def test_int8_sums_are_exact(rows):
+    """The largest that there are, which a product of fewer bits would cut off, and numbers of one sign."""
+    draw = torch.Generator().manual_seed(rows)
+    weight = torch.randint(-127, 128, (40, 96), generator=draw, dtype=torch.int8)
+    weight[:8] = 127
+    steps = torch.randint(-127, 128, (rows, 96), generator=draw)
+    steps[:, 0], steps[0] = 127, 127  # so that a step is 2^-4
+    group = quantised_group([QuantisedLinear(weight, torch.full((40,), 2.0**-9))])
+    expected = (steps @ weight.long().T).double() * 2.0**-13
+    assert torch.equal(group.several(steps.float() / 16).double(), expected)
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if missing_quantised("int4", dtype) is None])
 @pytest.mark.parametrize("sizes", [(64,), (128, 32, 32), (7, 90)])
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 50])
