@@ -38,7 +38,7 @@ def compiled() -> ModuleType:
     return single_row_numba
 
 
-def _reason(trial: Callable[[], str | None]) -> str | None:
+def reason_of(trial: Callable[[], str | None]) -> str | None:
     """What a trial of compiled forms says, or what kept it from happening."""
     if find_spec("numba") is None:
         return "Numba is not installed, expected `pip install 'minivlm[cpu]'`"
@@ -62,7 +62,7 @@ def missing() -> str | None:
         found, expected = compiled().answering_threads(), torch.get_num_threads()
         return None if found == expected else f"{found} threads answer, expected {expected}"
 
-    return _reason(trial)
+    return reason_of(trial)
 
 
 @cache
@@ -74,11 +74,11 @@ def missing_linear(dtype: torch.dtype, quantised: bool) -> str | None:
         scale = torch.ones(20, device="cpu") if quantised else None
         product = RowLinear(weight.to(torch.int8 if quantised else dtype), scale, None, 0, False, dtype)
         x = torch.tensor([1, -2, 127, 3, 0, 5], dtype=dtype, device="cpu")
-        return _difference(product(x), product.plain(x))
+        return difference(product(x), product.plain(x))
 
     if dtype not in DTYPES:
         return f"there is none for {dtype}"
-    return missing() or _reason(trial)
+    return missing() or reason_of(trial)
 
 
 @cache
@@ -90,12 +90,12 @@ def missing_attention(dtype: torch.dtype, channels: int) -> str | None:
         table = torch.ones(5, 1, channels, dtype=dtype, device="cpu")
         attention = RowAttention(2, keys, -keys, table, table, None)
         qkv = torch.linspace(2, -2, 6 * channels, device="cpu").to(dtype)
-        return _difference(attention(0, qkv, 0, 4), attention.plain(0, qkv, 0, 4))
+        return difference(attention(0, qkv, 0, 4), attention.plain(0, qkv, 0, 4))
 
-    return missing() or _reason(trial)
+    return missing() or reason_of(trial)
 
 
-def _difference(found: Tensor, expected: Tensor) -> str | None:
+def difference(found: Tensor, expected: Tensor) -> str | None:
     """Of two forms of a result, in words; None if it is of rounding."""
     error = (found.float() - expected.float()).abs().max()
     right = error <= 16 * torch.finfo(found.dtype).eps * expected.float().abs().max()
@@ -117,17 +117,17 @@ class RowLinear:
         self, weight: Tensor, scale: Tensor | None, norm: Tensor | None, eps: float, swiglu: bool, dtype: torch.dtype
     ):
         quantised = weight.dtype == torch.int8
-        _require(weight.dtype in (dtype, torch.int8) and dtype in DTYPES, f"a weight of {weight.dtype} for {dtype}")
-        _require(quantised == (scale is not None), f"a weight of {weight.dtype} and a scale of {scale}")
-        _require(not quantised or weight.shape[1] <= MOST_INPUTS, f"int8 of {weight.shape[1]} inputs")
+        require(weight.dtype in (dtype, torch.int8) and dtype in DTYPES, f"a weight of {weight.dtype} for {dtype}")
+        require(quantised == (scale is not None), f"a weight of {weight.dtype} and a scale of {scale}")
+        require(not quantised or weight.shape[1] <= MOST_INPUTS, f"int8 of {weight.shape[1]} inputs")
         for tensor, shape, kind in (
             (weight, weight.shape, weight.dtype),
             (scale, weight.shape[:1], torch.float32),
             (norm, weight.shape[1:], dtype),
         ):
             if tensor is not None:
-                _require_like(tensor, shape, kind)
-        _require(not swiglu or len(weight) % 2 == 0, f"swiglu of {len(weight)} rows")
+                require_like(tensor, shape, kind)
+        require(not swiglu or len(weight) % 2 == 0, f"swiglu of {len(weight)} rows")
         self.weight, self.scale, self.norm, self.eps, self.swiglu, self.dtype = weight, scale, norm, eps, swiglu, dtype
         self.outputs, self.inputs = len(weight) // (1 + swiglu), weight.shape[1]
         self._kind, self._sizes = (dtype, quantised), (self.outputs, self.inputs, int(swiglu))
@@ -136,10 +136,10 @@ class RowLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [K], and what the result is added to [N], or None -> [N]."""
-        _require_like(x, (self.inputs,), self.dtype)
+        require_like(x, (self.inputs,), self.dtype)
         out = x.new_empty(self.outputs)
         if residual is not None:
-            _require_like(residual, out.shape, self.dtype)
+            require_like(residual, out.shape, self.dtype)
         read = (x, self.norm, self.weight, self.scale, residual, out)
         addresses = (0 if tensor is None else tensor.data_ptr() for tensor in read)  # now: storage may have moved
         made = compiled()
@@ -148,19 +148,30 @@ class RowLinear:
 
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same in PyTorch."""
-        if self.norm is not None:
-            wide = x.float()
-            x = (wide * torch.rsqrt(wide.square().mean() + self.eps)).to(x.dtype) * self.norm
+        x = normalised(x, self.norm, self.eps)
         if self.scale is None:
             product = linear(x, self.weight)
         else:
             step = (x.float().abs().max() / 127).clamp(min=LEAST_STEP)
             sums = self.weight.double() @ (x.float() / step).round().double()  # of integers, exact
             product = (sums.float() * self.scale * step).to(x.dtype)
-        if self.swiglu:
-            gate, up = product.chunk(2)
-            product = silu(gate) * up
-        return product if residual is None else residual + product
+        return finished(product, self.swiglu, residual)
+
+
+def normalised(x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of rows [.., K], where there is one."""
+    if norm is None:
+        return x
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * norm
+
+
+def finished(product: Tensor, swiglu: bool, residual: Tensor | None) -> Tensor:
+    """A product [.., N] with what follows it."""
+    if swiglu:
+        gate, up = product.chunk(2, dim=-1)
+        product = silu(gate) * up
+    return product if residual is None else residual + product
 
 
 class RowAttention:
@@ -176,13 +187,13 @@ class RowAttention:
     def __init__(self, heads: int, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, window: int | None):
         self.heads, self.keys, self.values, self.cos, self.sin, self.window = heads, keys, values, cos, sin, window
         self.dtype, (_, slots, kv_heads, self.capacity, channels) = keys.dtype, keys.shape
-        _require(self.dtype in DTYPES and channels % 2 == 0, f"a cache of {self.dtype} and {channels} channels")
-        _require(heads % kv_heads == 0, f"{heads} query heads for {kv_heads} key heads")
-        _require(len(cos) >= self.capacity, f"angles of {len(cos)} positions for {self.capacity}")
-        _require_like(keys, keys.shape, self.dtype)
-        _require_like(values, keys.shape, self.dtype)
+        require(self.dtype in DTYPES and channels % 2 == 0, f"a cache of {self.dtype} and {channels} channels")
+        require(heads % kv_heads == 0, f"{heads} query heads for {kv_heads} key heads")
+        require(len(cos) >= self.capacity, f"angles of {len(cos)} positions for {self.capacity}")
+        require_like(keys, keys.shape, self.dtype)
+        require_like(values, keys.shape, self.dtype)
         for table in (cos, sin):
-            _require_like(table, (len(cos), 1, channels), self.dtype)
+            require_like(table, (len(cos), 1, channels), self.dtype)
         self.shape = heads + 2 * kv_heads, channels
         compiled().attention_kernel(self.dtype, channels)
         self._sizes = kv_heads, heads // kv_heads, self.capacity
@@ -191,7 +202,7 @@ class RowAttention:
 
     def __call__(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
         """qkv [(H + 2 K) C]: the position's queries and key before rotation, and its value -> [H * C]."""
-        _require_like(qkv, (self.shape[0] * self.shape[1],), self.dtype)
+        require_like(qkv, (self.shape[0] * self.shape[1],), self.dtype)
         layers, slots = self.keys.shape[:2]
         if not (0 <= layer < layers and 0 <= slot < slots and 0 <= position < self.capacity):
             found = f"layer {layer}, slot {slot}, position {position}"
@@ -221,12 +232,12 @@ class RowAttention:
         return 0 if self.window is None else max(0, position + 1 - self.window)
 
 
-def _require(condition: bool, found: str) -> None:
+def require(condition: bool, found: str) -> None:
     if not condition:
         raise ValueError(f"row kernels: found {found}")
 
 
-def _require_like(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def require_like(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     """A wrong argument is an error, never an address."""
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
         found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"

@@ -6,13 +6,15 @@ A number of 16 bits lies in memory as an integer, and is float32 as soon as it i
 there and back. Such a function, that only raises, is a name: Numba compiles what stands below it, under `overload`, for
 the types it is called with. Loops are vectorised, those of a sum only where its order may change, see `SUMS`.
 
-All that is compiled is in one file since Numba keeps it on the disk, in `__pycache__` or else in the user's cache, and
-compiles anew only when that function's own file has changed. It takes two to four seconds a kernel and type.
+Numba keeps what it compiled on the disk, in `__pycache__` or else in the user's cache: it takes two to four seconds a
+kernel and type.
 """
 
 import math
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +32,17 @@ SUMS = {"reassoc", "contract"}  # what the compiler may change: the order of a s
 FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
 
 
-def _address(kernel: Callable, name: str) -> int:
-    """Compile a kernel, or find it on the disk by a name of its own: by one name two processes could mix up two."""
-    kernel.__qualname__ = name
+@cache
+def _sources() -> str:
+    """A name for the state of the files that compiled code is made of."""
+    files = (path for path in Path(__file__).parent.iterdir() if path.suffix == ".py")
+    return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
+
+
+def address_of(kernel: Callable, name: str) -> int:
+    """Compile a kernel, or find it on the disk, by a name of its own: by one name two processes could mix up two, and
+    Numba looks for changes only in the file where the kernel is."""
+    kernel.__qualname__ = f"{name}_{_sources()}"
     return cfunc(KERNEL, cache=True, error_model="numpy")(kernel).address
 
 
@@ -287,7 +297,7 @@ def linear_kernel(dtype: torch.dtype, quantised: bool) -> int:
         for i in range(end - first):
             out[first + i] = narrow(found[i], out)
 
-    return _address(kernel, f"linear_{dtype}_{quantised}")
+    return address_of(kernel, f"linear_{dtype}_{quantised}")
 
 
 # ---- attention
@@ -397,4 +407,4 @@ def attention_kernel(dtype: torch.dtype, channels: int) -> int:
                 for c in range(channels):
                     out[head * group + g, c] = narrow(found[g, c] / sums[g], out)
 
-    return _address(kernel, f"attention_{dtype}_{channels}")
+    return address_of(kernel, f"attention_{dtype}_{channels}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from minivlm.ops import cpu_groups, joined
+from minivlm.ops.cpu_compact import compact_group
 from minivlm.ops.cpu_groups import refuse_gradients
 from minivlm.ops.cpu_memory import keep_freed
 from minivlm.ops.cpu_products import MANY, MLP_ACROSS, mlp_across, product, shaped
@@ -88,6 +89,9 @@ class Group(cpu_groups.Group):
         if packed:
             self.weight = nn.Parameter(_reordered(self.weight), requires_grad=False)
 
+    def whole(self) -> Tensor:
+        return self.weight.to_dense() if self.packed else self.weight
+
     def several(self, x: Tensor) -> Tensor:
         return packed_product(x, self.weight, self.bias) if self.packed else product(x, self.weight, self.bias)
 
@@ -108,18 +112,19 @@ def prepare(model: nn.Module) -> None:
     process keep its memory. The model has no gradients from then on."""
     keep_freed()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    joined.join(model, lambda layers: _group(layers, packs() and id(layers[0].weight) not in embeddings), alone=True)
+    joined.join(model, lambda layers: _group(layers, id(layers[0].weight) in embeddings), alone=True)
 
 
-def _group(linears: Sequence[nn.Module], packed: bool) -> joined.Group:
-    """The layers of one input as one."""
+def _group(linears: Sequence[nn.Module], tied: bool) -> joined.Group:
+    """The layers of one input as one; tied ones are the embeddings too."""
     if isinstance(linears[0], QuantisedLinear):
         return quantised_group(linears)
-    columns = _small(linears)
-    group = Group(linears, packed and not columns)
-    if columns:
-        group.weight.data = group.weight.t().contiguous().t()  # of tied embeddings too
-    return group
+    if _small(linears):
+        group = Group(linears, packed=False)
+        group.weight.data = group.weight.t().contiguous().t()
+        return group
+    compact = None if tied or packs() else compact_group(linears)
+    return Group(linears, packs() and not tied) if compact is None else compact
 
 
 def _small(linears: Sequence[nn.Linear]) -> bool:

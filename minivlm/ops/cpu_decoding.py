@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
+from minivlm.kernels.compact import CompactLinear
 from minivlm.kernels.single_row import RowAttention, RowLinear, missing_attention
 from minivlm.ops import cpu
 from minivlm.ops.cpu_attention import SingleQueries
@@ -77,7 +78,7 @@ class Step:
         self.one = [_row_layer(*layers, cache.keys.dtype) for layers in zip(decoder.layers, self.several, strict=True)]
         self.places = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(*self.cache, strict=True)]
         self.attention = None
-        by_kernels = any(isinstance(layer.output, RowLinear) for layer in self.one)
+        by_kernels = any(isinstance(layer.output, (RowLinear, CompactLinear)) for layer in self.one)
         if by_kernels and missing_attention(cache.keys.dtype, config.head_dim) is None:
             self.attention = RowAttention(heads, *self.cache, self.cos, self.sin, config.sliding_window)
 

@@ -26,7 +26,7 @@ class Group(joined.Group):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
-        refuse_gradients(x, self.weight)
+        refuse_gradients(x, *self.parameters())
         single = self.row_linear(x.dtype) if x.numel() == self.inputs else None
         return self.several(x) if single is None else single(x.reshape(-1).contiguous()).view(*x.shape[:-1], -1)
 

@@ -47,6 +47,10 @@ class Group(nn.Module):
         """The layers' results one by one."""
         return self(x).split(self.sizes, dim=-1)
 
+    def whole(self) -> Tensor:
+        """The weight in the usual order, bit for bit what was loaded; not of quantised ones."""
+        return self.weight
+
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Nothing: the layers save their own weights, under the checkpoint's names."""
 
@@ -71,9 +75,9 @@ class GroupedLinear(nn.Module):
         """
         if self.group.scale is not None:
             raise InputError("a layer's weight was quantised while loading, expected weights as stored to read it")
-        if not self.group.packed and len(self.group.sizes) == 1:
-            return self.group.weight
-        weight = self.group.weight.to_dense() if self.group.packed else self.group.weight
+        weight = self.group.whole()
+        if len(self.group.sizes) == 1:
+            return weight
         return weight.split(self.group.sizes)[self.index].clone(memory_format=torch.contiguous_format)
 
     @property

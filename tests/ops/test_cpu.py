@@ -1,5 +1,6 @@
 """The backend `cpu`: what packing keeps and refuses, and that whole models compute and generate as `reference` does."""
 
+import math
 import weakref
 
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 import minivlm
 from minivlm import checkpoint
 from minivlm.errors import InputError
-from minivlm.kernels import single_row
-from minivlm.ops import cpu, cpu_groups
+from minivlm.kernels import compact, single_row
+from minivlm.ops import cpu, cpu_compact, cpu_groups
 from minivlm.ops.backend import CPU, REFERENCE, SDPA, choose
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
@@ -45,12 +46,17 @@ CASES: dict[str, tuple[str, dict, dict, dict]] = {
 }
 
 
-@pytest.fixture(params=["packed", "as vectors", "by kernels", "by columns"], autouse=True)
+@pytest.fixture(params=["packed", "as vectors", "by kernels", "compact", "by columns"], autouse=True)
 def form(request, monkeypatch):
     """Every form of the products, whichever this processor and these sizes are given."""
     monkeypatch.setattr(cpu, "packs", lambda: request.param == "packed")
     if request.param != "by columns":
         monkeypatch.setattr(cpu_groups, "SMALL", 0)
+    if request.param == "compact":
+        assert compact.missing(torch.float32) is None
+        monkeypatch.setattr(cpu_compact, "WORTH", math.inf)
+    else:
+        monkeypatch.setattr(compact, "missing", lambda dtype: "not in this test")
     if request.param == "by kernels":
         assert single_row.missing_linear(torch.float32, False) is None
     else:

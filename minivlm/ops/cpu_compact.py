@@ -1,0 +1,75 @@
+"""Joined layers of a CPU with their weights in fewer bits, the same numbers, see kernels/compact.py: a step reads
+three quarters of the bytes, and the model takes three quarters of the memory.
+
+Up to MOST_ROWS rows have this project's kernels. For more the weight is widened piece by piece for the library's product.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.kernels import compact
+from minivlm.kernels.compact import MOST_ROWS, Compact, CompactLinear
+from minivlm.ops import cpu_groups
+from minivlm.ops.cpu_groups import refuse_gradients
+from minivlm.ops.cpu_products import MANY, product, shaped
+from minivlm.ops.norms import RMSNorm
+
+WORTH = 0.95  # the largest share of the bytes as stored; short rows are filled up to 128 numbers
+PIECE = 2**22  # numbers of a weight that are widened at a time: fewer, and the calls cost more than the caches save
+
+
+def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
+    """Layers of one input as one product; None if their weights are not for this."""
+    weight = linears[0].weight
+    large = sum(layer.weight.numel() for layer in linears) > cpu_groups.SMALL
+    plain = all(layer.bias is None for layer in linears) and weight.device.type == "cpu"
+    if not large or not plain or compact.missing(weight.dtype) is not None:
+        return None
+    group = CompactGroup(linears)
+    weight, group.weight = group.weight.detach().contiguous(), None
+    group.compact = Compact.of(weight)
+    return group if group.compact is not None and group.compact.nbytes <= WORTH * weight.nbytes else None
+
+
+class CompactGroup(cpu_groups.Group):
+    """compact: the weight [N_1 + N_2 + .., K]."""
+
+    packed = True
+    compact: Compact
+
+    def whole(self) -> Tensor:
+        return self.compact.expanded()
+
+    def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> CompactLinear:
+        around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
+        return CompactLinear(self.compact, *around, swiglu)
+
+    def several(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.inputs)
+        if len(rows) > MOST_ROWS:
+            out = self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)]
+        else:
+            out = CompactLinear(self.compact, None, 0.0, False)(rows.contiguous())
+        return out.view(*x.shape[:-1], -1)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The layers' results one by one, of many rows each whole in memory."""
+        if x.numel() <= MANY * self.inputs:
+            return super().parts(x)
+        refuse_gradients(x)
+        more, ends = shaped(x), torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        return tuple(self._product(more, *ends[i : i + 2])[: len(x)] for i in range(len(self.sizes)))
+
+    def _product(self, x: Tensor, first: int, end: int) -> Tensor:
+        """x [S, K] by rows of the weight -> [S, end - first]."""
+        out, step = x.new_empty(len(x), end - first), max(1, PIECE // self.inputs)
+        for at in range(first, end, step):
+            weight = self.compact.expanded(at, min(at + step, end))
+            place = out[:, at - first : at - first + len(weight)]
+            if len(x) > MANY:
+                torch.mm(x, weight.t(), out=place)
+            else:
+                place.copy_(product(x, weight, None))
+        return out
