@@ -1,230 +1,23 @@
 """What compact.py calls, compiled by Numba for this processor, which must have AVX-512.
 
-Numba vectorises loops by their widest type, and spends eight instructions on 16 weights. So the loops over a row are
-written here in vectors of LLVM: bytes 64 at a time to their upper bytes, to pairs, to float32. Everything around them
-is as in single_row_numba.py.
+The loops over a row are in row_vectors.py; everything around them is as in single_row_numba.py.
 """
 
 import struct
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch import Tensor
 
 from minivlm.kernels.compact import BLOCK, Compact, CompactLinear, ordered
+from minivlm.kernels.compiling import FLOATS, address_of, float_of_bits, lines, narrow, pointer, rounded, share, wide
 from minivlm.kernels.openmp import run, thread_count, thread_number
-from minivlm.kernels.single_row_numba import (
-    FLOATS,
-    SUMS,
-    address_of,
-    float_of_bits,
-    narrow,
-    normalised,
-    pointer,
-    rounded,
-    share,
-    silu,
-    wide,
-)
+from minivlm.kernels.row_vectors import SIDE_BY_SIDE, dots, widen_row
+from minivlm.kernels.single_row_numba import SUMS, normalised, silu
 
 HALF = BLOCK // 2
-LANES = 16  # float32 of a vector
-# How many rows of the weight go side by side for so many rows of x: distant ones come sooner than one alone, and the
-# processor has registers for 16 sums.
-SIDE_BY_SIDE = {1: 4, 2: 4, 4: 4, 8: 2}
-# What is so many weights ahead is fetched; that may be in the next row. GB/s of one row, 5632x1024, without this and
-# 512, 1024, 2048 and 4096 ahead: bfloat16 11.9 / 14.8 / 15.0 / 14.5 / 14.0, float32 12.8 / 15.5 / 15.5 / 15.0 / 14.6.
-AHEAD = 1024
-LINE = 64  # bytes that are fetched together
-ADDED = ("reassoc", "contract", "nsz")  # what LLVM may do to a sum
-
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-BYTES, PAIRS, NUMBERS = ir.VectorType(I8, HALF), ir.VectorType(I16, HALF // 2), ir.VectorType(I32, LANES)
-VECTOR, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I16, LANES)
-# Of bytes a and b: a0 b0 a1 b1 .. of the first or the second half of each lane of 16.
-INTERLEAVED = [
-    [byte for lane in range(4) for i in range(8) for byte in (16 * lane + first + i, HALF + 16 * lane + first + i)]
-    for first in (0, 8)
-]
-
-
-# ---- in vectors of LLVM
-
-
-def _all(kind: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _at(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
-    """The pointer to what lies so many bytes behind an address."""
-    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-
-def _load(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
-    return builder.load(_at(builder, address, offset, kind), align=1)
-
-
-def _times(builder: ir.IRBuilder, value: ir.Value, factor: int) -> ir.Value:
-    return builder.mul(value, ir.Constant(I64, factor))
-
-
-def _upper_bytes(builder: ir.IRBuilder, table: ir.Value, places: ir.Value) -> ir.Value:
-    """Bytes, the entries of a table in each lane at these places."""
-    look_up = builder.module.declare_intrinsic("llvm.x86.avx512.pshuf.b.512", (), ir.FunctionType(BYTES, [BYTES] * 2))
-    return builder.call(look_up, [table, builder.and_(places, _all(BYTES, 15))])
-
-
-def _weights(builder: ir.IRBuilder, table: ir.Value, row: tuple, at: ir.Value) -> list[ir.Value]:
-    """The BLOCK weights of a row from number `at` on, as the bits of eight vectors of float32.
-
-    row: the addresses of its lower bytes, its places and the rest, None where there is none.
-    """
-    lower, places, rest = row
-    both = _load(builder, places, builder.lshr(at, ir.Constant(I64, 1)), BYTES)
-    high = builder.bitcast(builder.lshr(builder.bitcast(both, PAIRS), _all(PAIRS, 4)), BYTES)
-    vectors = []
-    for part, half in enumerate((both, high)):
-        upper = _upper_bytes(builder, table, half)
-        below = _load(builder, lower, builder.add(at, ir.Constant(I64, part * HALF)), BYTES)
-        for order in INTERLEAVED:
-            pairs = builder.shuffle_vector(below, upper, ir.Constant(ir.VectorType(I32, HALF), order))
-            pairs = builder.bitcast(pairs, NUMBERS)
-            vectors.append(builder.shl(pairs, _all(NUMBERS, 16)))
-            vectors.append(builder.and_(pairs, _all(NUMBERS, 0xFFFF0000)))
-    if rest is None:
-        return vectors
-    found = []
-    for number, vector in enumerate(vectors):
-        offset = _times(builder, builder.add(at, ir.Constant(I64, number * LANES)), 2)
-        found.append(builder.or_(vector, builder.zext(_load(builder, rest, offset, HALVES), NUMBERS)))
-    return found
-
-
-def _fetch(builder: ir.IRBuilder, row: tuple, at: ir.Value) -> None:
-    """Have the BLOCK weights AHEAD of those at number `at` brought to the caches."""
-    pointer = I8.as_pointer()
-    function = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function)
-    for address, halves in zip(row, (2, 1, 4), strict=True):  # half bytes of a weight
-        for line in range(0, BLOCK * halves // 2, LINE) if address is not None else ():
-            offset = builder.lshr(_times(builder, at, halves), ir.Constant(I64, 1))
-            offset = builder.add(offset, ir.Constant(I64, AHEAD * halves // 2 + line))
-            to_read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-            builder.call(fetch, [_at(builder, address, offset, I8), to_read, keep, data])
-
-
-def _loop(builder: ir.IRBuilder, count: ir.Value, begin: list[ir.Value], step: Callable) -> list[ir.Value]:
-    """What `step` makes of values, first of `begin`, for every BLOCK numbers of so many: (values, number) -> values."""
-    before, body = builder.block, builder.append_basic_block("block")
-    end = builder.append_basic_block("end")
-    builder.branch(body)
-    builder.position_at_end(body)
-    at = builder.phi(I64)
-    carried = [builder.phi(value.type) for value in begin]
-    values = step(carried, at)
-    following = builder.add(at, ir.Constant(I64, BLOCK))
-    for phi, first, then in zip([at, *carried], [ir.Constant(I64, 0), *begin], [following, *values], strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(then, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, count), body, end)
-    builder.position_at_end(end)
-    return values
-
-
-def _table(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """A table of 16 bytes in each lane."""
-    table = builder.load(builder.inttoptr(address, ir.VectorType(I8, 16).as_pointer()), align=1)
-    return builder.shuffle_vector(table, table, ir.Constant(ir.VectorType(I32, HALF), list(range(16)) * 4))
-
-
-def _row(builder: ir.IRBuilder, addresses: tuple, number: ir.Value, inputs: ir.Value, whole: bool) -> tuple:
-    """The addresses of a row of a weight."""
-    lower, places, rest = addresses
-    at = builder.mul(number, inputs)
-    half = builder.add(places, builder.lshr(at, ir.Constant(I64, 1)))
-    return builder.add(lower, at), half, builder.add(rest, _times(builder, at, 2)) if whole else None
-
-
-@intrinsic(prefer_literal=True)
-def dots(context, side, batch, whole, lower, places, rest, table, inputs, row, stride, x, count, out, between):
-    """`side` rows of a weight by up to `batch` rows of x; these two, and whether there is a rest, are constants.
-
-    The others: the addresses of the weight's lower bytes, places, rest and table, its inputs, the first row and how far
-    behind it the next is, the address of x, float32 [count, inputs], and of the results, float32 [batch, ..] of so many
-    numbers each, in which row 0 of the weight has place 0.
-    """
-
-    def generate(context, builder, signature, arguments):
-        *addresses, table, inputs, row, stride, x, count, out, between = arguments[3:]
-        table = _table(builder, table)
-        numbers = [builder.add(row, _times(builder, stride, i)) for i in range(side.literal_value)]
-        rows = [_row(builder, addresses, number, inputs, whole.literal_value) for number in numbers]
-        last = builder.sub(count, ir.Constant(I64, 1))
-        lines = []
-        for i in range(batch.literal_value):  # the last row of x stands in for those behind it
-            line = ir.Constant(I64, i)
-            line = builder.select(builder.icmp_signed("<", line, last), line, last)
-            lines.append(builder.add(x, builder.mul(line, _times(builder, inputs, 4))))
-
-        def step(sums, at):
-            sums = list(sums)
-            for i, row in enumerate(rows):
-                _fetch(builder, row, at)
-                for j, bits in enumerate(_weights(builder, table, row, at)):
-                    offset = _times(builder, builder.add(at, ir.Constant(I64, j * LANES)), 4)
-                    weight = builder.bitcast(bits, VECTOR)
-                    for k, line in enumerate(lines):
-                        product = builder.fmul(weight, _load(builder, line, offset, VECTOR), flags=ADDED)
-                        place = i * len(lines) + k
-                        sums[place] = builder.fadd(sums[place], product, flags=ADDED)
-            return sums
-
-        sums = _loop(builder, inputs, [_all(VECTOR, 0.0)] * (len(rows) * len(lines)), step)
-        for place, total in enumerate(sums):
-            number = builder.add(numbers[place // len(lines)], _times(builder, between, place % len(lines)))
-            builder.store(_sum(builder, total), _at(builder, out, _times(builder, number, 4), F32))
-        return context.get_dummy_value()
-
-    return types.void(side, batch, whole, *[types.int64] * 11), generate
-
-
-def _sum(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """Of a vector's numbers."""
-    name = "llvm.vector.reduce.fadd.v16f32"
-    add = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(F32, [F32, VECTOR]), name)
-    return builder.call(add, [ir.Constant(F32, 0.0), vector], fastmath=("reassoc",))
-
-
-@intrinsic(prefer_literal=True)
-def widen_row(context, whole, wide, lower, places, rest, table, inputs, row, out):
-    """A row of a weight as it was, to an address: of float32 if wide, else of bfloat16. Whole and wide are constants;
-    the others are as those of `dots`."""
-
-    def generate(context, builder, signature, arguments):
-        *addresses, table, inputs, row, out = arguments[2:]
-        table, row = _table(builder, table), _row(builder, addresses, row, inputs, whole.literal_value)
-
-        def step(_, at):
-            for j, bits in enumerate(_weights(builder, table, row, at)):
-                number = builder.add(at, ir.Constant(I64, j * LANES))
-                if not wide.literal_value:
-                    bits = builder.trunc(builder.lshr(bits, _all(NUMBERS, 16)), HALVES)
-                offset = _times(builder, number, 4 if wide.literal_value else 2)
-                builder.store(bits, _at(builder, out, offset, bits.type), align=1)
-            return []
-
-        _loop(builder, inputs, [], step)
-        return context.get_dummy_value()
-
-    return types.void(whole, wide, *[types.int64] * 7), generate
-
-
-# ---- in Numba
 
 
 @njit(fastmath=SUMS)
@@ -259,10 +52,7 @@ def linear_kernel(dtype: torch.dtype, whole: bool, batch: int) -> int:
         out = carray(pointer(arguments[15]), (rows, outputs), stored)
         begin, end = share(outputs)
         count, padded = end - begin, -(-inputs // BLOCK) * BLOCK
-        space = np.zeros(rows * padded + LANES, np.float32)
-        space = space[-np.int64(space.ctypes.data) // 4 % LANES :]  # from the beginning of a line
-        unit = space[: rows * padded].reshape(rows, padded)
-        found = np.empty((1 + swiglu, batch, count), np.float32)
+        unit, found = lines(rows, padded), np.empty((1 + swiglu, batch, count), np.float32)
         for i in range(rows):
             unit[i, :inputs] = normalised(x[i], norm, float_of_bits(np.uint32(arguments[16])))
         source, stride = np.int64(unit.ctypes.data), count // side
@@ -378,7 +168,7 @@ def pack(weight: Tensor, table: Tensor, most: int) -> tuple | None:
     counts, answers = empty(rows, dtype=torch.int32), torch.zeros(threads, 2, dtype=torch.int64, device="cpu")
     columns, values = empty(threads, most, dtype=torch.int32), empty(threads, most, dtype=torch.float32)
     made = (weight, place_of, order, lower, places, rest, counts, columns, values, answers)
-    run(_pack_kernel(weight.dtype), rows, inputs, most, *_addresses(made))
+    run(_pack_kernel(weight.dtype), rows, inputs, most, *made)
     kept, rests = answers.T.tolist()
     if sum(kept) > most:
         return None
@@ -392,8 +182,16 @@ def multiply(product: CompactLinear, x: Tensor, rows: int, residual: Tensor | No
     weight = product.weight
     kernel = linear_kernel(weight.dtype, weight.rest is not None, next(n for n in SIDE_BY_SIDE if n >= rows))
     sizes = rows, product.outputs, product.inputs, int(product.swiglu), len(weight.values)
-    addresses = _addresses((x, product.norm, *_order(weight), residual, out))
-    run(kernel, *sizes, *addresses, *struct.unpack("i", struct.pack("f", product.eps)))
+    run(
+        kernel,
+        *sizes,
+        x,
+        product.norm,
+        *_order(weight),
+        residual,
+        out,
+        *struct.unpack("i", struct.pack("f", product.eps)),
+    )
     return out
 
 
@@ -402,14 +200,10 @@ def expand(weight: Compact, first: int, end: int) -> Tensor:
     inputs = weight.shape[1]
     out = torch.empty(end - first, inputs, dtype=weight.dtype, device="cpu")
     kernel = _expand_kernel(weight.dtype, weight.rest is not None)
-    run(kernel, end - first, first, inputs, len(weight.values), *_addresses(_order(weight)), out.data_ptr())
+    run(kernel, end - first, first, inputs, len(weight.values), *_order(weight), out)
     return out
 
 
 def _order(weight: Compact) -> tuple:
     """What a weight has, in the order of the kernels' arguments."""
     return weight.lower, weight.places, weight.rest, weight.table, weight.starts, weight.columns, weight.values
-
-
-def _addresses(tensors: tuple) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

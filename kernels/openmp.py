@@ -6,23 +6,54 @@ parallel region, of the OpenMP library that PyTorch brought, calls it once in ea
 """
 
 import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from llvmlite import binding
 from numba import types
+from torch import Tensor
 
 _LIBRARY = ctypes.CDLL(torch._C.__file__)  # finds what the libraries have that this one was linked with
-for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
     binding.add_symbol(_name, ctypes.cast(getattr(_LIBRARY, _name), ctypes.c_void_p).value)
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+barrier = types.ExternalFunction("GOMP_barrier", types.void())
 KERNEL = types.void(types.CPointer(types.int64))  # the argument: where integers and addresses lie
 _parallel = _LIBRARY.GOMP_parallel
 _parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 _parallel.restype = None
 
 
-def run(kernel: int, *arguments: int) -> None:
-    """Call the kernel at an address once in each thread."""
-    packed = (ctypes.c_int64 * len(arguments))(*arguments)
-    _parallel(kernel, ctypes.addressof(packed), torch.get_num_threads(), 0)
+def run(kernel: int, *arguments: int | Tensor | None) -> None:
+    """Call the kernel at an address once in each thread. Of tensors it gets the addresses, 0 for None."""
+    call = Call(kernel, arguments)
+    notes = getattr(_noting, "calls", None)
+    if notes is None:
+        _parallel(kernel, ctypes.addressof(call.packed), torch.get_num_threads(), 0)
+    else:
+        notes.append(call)
+
+
+class Call:
+    """A kernel and its arguments, whose tensors it keeps."""
+
+    def __init__(self, kernel: int, arguments: Sequence[int | Tensor | None]):
+        self.kernel, self.arguments = kernel, arguments
+        numbers = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        self.packed = (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+_noting = threading.local()
+
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """Calls that this thread would make are noted in a list, and not made."""
+    _noting.calls = []
+    try:
+        yield _noting.calls
+    finally:
+        _noting.calls = None

@@ -38,6 +38,13 @@ def compiled() -> ModuleType:
     return single_row_numba
 
 
+def run(kernel: int, *arguments: int | Tensor | None) -> None:
+    """openmp.py's, which needs Numba."""
+    from minivlm.kernels import openmp
+
+    openmp.run(kernel, *arguments)
+
+
 def reason_of(trial: Callable[[], str | None]) -> str | None:
     """What a trial of compiled forms says, or what kept it from happening."""
     if find_spec("numba") is None:
@@ -59,7 +66,9 @@ def missing() -> str | None:
     """Why no compiled form can run here; None if PyTorch's threads answer."""
 
     def trial() -> str | None:
-        found, expected = compiled().answering_threads(), torch.get_num_threads()
+        from minivlm.kernels.compiling import answering_threads
+
+        found, expected = answering_threads(), torch.get_num_threads()
         return None if found == expected else f"{found} threads answer, expected {expected}"
 
     return reason_of(trial)
@@ -140,10 +149,8 @@ class RowLinear:
         out = x.new_empty(self.outputs)
         if residual is not None:
             require_like(residual, out.shape, self.dtype)
-        read = (x, self.norm, self.weight, self.scale, residual, out)
-        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in read)  # now: storage may have moved
-        made = compiled()
-        made.run(made.linear_kernel(*self._kind), *self._sizes, *addresses, self._eps)
+        kernel = compiled().linear_kernel(*self._kind)
+        run(kernel, *self._sizes, x, self.norm, self.weight, self.scale, residual, out, self._eps)
         return out
 
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -186,7 +193,7 @@ class RowAttention:
 
     def __init__(self, heads: int, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, window: int | None):
         self.heads, self.keys, self.values, self.cos, self.sin, self.window = heads, keys, values, cos, sin, window
-        self.dtype, (_, slots, kv_heads, self.capacity, channels) = keys.dtype, keys.shape
+        self.dtype, (_, _, kv_heads, self.capacity, channels) = keys.dtype, keys.shape
         require(self.dtype in DTYPES and channels % 2 == 0, f"a cache of {self.dtype} and {channels} channels")
         require(heads % kv_heads == 0, f"{heads} query heads for {kv_heads} key heads")
         require(len(cos) >= self.capacity, f"angles of {len(cos)} positions for {self.capacity}")
@@ -197,23 +204,27 @@ class RowAttention:
         self.shape = heads + 2 * kv_heads, channels
         compiled().attention_kernel(self.dtype, channels)
         self._sizes = kv_heads, heads // kv_heads, self.capacity
-        self._slot, self._row = kv_heads * self.capacity * channels * keys.itemsize, channels * keys.itemsize
-        self._layer = slots * self._slot
 
     def __call__(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
         """qkv [(H + 2 K) C]: the position's queries and key before rotation, and its value -> [H * C]."""
+        return self.at(layer, qkv, torch.tensor(self.place(slot, position), device="cpu"))
+
+    def place(self, slot: int, position: int) -> tuple[int, int, int]:
+        """A slot, a position and the first that it sees, for `at`; raises ValueError where there is no such place."""
+        _, slots = self.keys.shape[:2]
+        if not (0 <= slot < slots and 0 <= position < self.capacity):
+            found = f"slot {slot}, position {position} in a cache of {[slots, self.capacity]} of them"
+            raise ValueError(f"row kernels: found {found}")
+        return slot, position, self._first(position)
+
+    def at(self, layer: int, qkv: Tensor, place: Tensor) -> Tensor:
+        """As `__call__`, of a place, int64 [3], that is read when the kernel runs."""
         require_like(qkv, (self.shape[0] * self.shape[1],), self.dtype)
-        layers, slots = self.keys.shape[:2]
-        if not (0 <= layer < layers and 0 <= slot < slots and 0 <= position < self.capacity):
-            found = f"layer {layer}, slot {slot}, position {position}"
-            raise ValueError(f"row kernels: found {found} in a cache of {[layers, slots, self.capacity]} of them")
+        require_like(place, (3,), torch.int64)
+        require(0 <= layer < len(self.keys), f"layer {layer} of {len(self.keys)}")
         out = qkv.new_empty(self.heads * self.shape[1])
-        cos, sin, keys, values = (tensor.data_ptr() for tensor in (self.cos, self.sin, self.keys, self.values))
-        angle, place = position * self._row, layer * self._layer + slot * self._slot
-        where = cos + angle, sin + angle, keys + place, values + place
-        made = compiled()
-        kernel, visible = made.attention_kernel(self.dtype, self.shape[1]), (position, self._first(position))
-        made.run(kernel, *self._sizes, *visible, qkv.data_ptr(), *where, out.data_ptr())
+        kernel, cache = compiled().attention_kernel(self.dtype, self.shape[1]), (self.keys[layer], self.values[layer])
+        run(kernel, *self._sizes, place, qkv, self.cos, self.sin, *cache, out)
         return out
 
     def plain(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:

@@ -1,144 +1,33 @@
 """What single_row.py calls, compiled by Numba for this processor.
 
-A kernel runs in all of PyTorch's threads at once, see openmp.py; they share the outputs or the key heads.
-
-A number of 16 bits lies in memory as an integer, and is float32 as soon as it is read; `wide` and `narrow` are the ways
-there and back. Such a function, that only raises, is a name: Numba compiles what stands below it, under `overload`, for
-the types it is called with. Loops are vectorised, those of a sum only where its order may change, see `SUMS`.
-
-Numba keeps what it compiled on the disk, in `__pycache__` or else in the user's cache: it takes two to four seconds a
-kernel and type.
+A kernel runs in all of PyTorch's threads at once, see openmp.py; they share the outputs or the key heads. Loops are
+vectorised, those of a sum only where its order may change, see `SUMS`.
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import carray, njit, types
+from numba.extending import overload
 
-from minivlm.kernels.openmp import KERNEL, run, thread_count, thread_number
+from minivlm.kernels.compiling import (
+    FLOATS,
+    address_of,
+    float_of_bits,
+    lines,
+    narrow,
+    pointer,
+    rounded,
+    share,
+    wide,
+)
+from minivlm.kernels.row_vectors import add_sixteen, largest, sixteen_dots, widen_numbers
 from minivlm.kernels.single_row import LEAST_STEP
 
 BLOCK = 32  # keys that are widened to float32 at a time
 SUMS = {"reassoc", "contract"}  # what the compiler may change: the order of a sum, and a product that is added
-# What stands for each type; of 16 bits one is signed and one is not, only to tell them apart in `wide` and `narrow`.
-FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
-
-
-@cache
-def _sources() -> str:
-    """A name for the state of the files that compiled code is made of."""
-    files = (path for path in Path(__file__).parent.iterdir() if path.suffix == ".py")
-    return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
-
-
-def address_of(kernel: Callable, name: str) -> int:
-    """Compile a kernel, or find it on the disk, by a name of its own: by one name two processes could mix up two, and
-    Numba looks for changes only in the file where the kernel is."""
-    kernel.__qualname__ = f"{name}_{_sources()}"
-    return cfunc(KERNEL, cache=True, error_model="numpy")(kernel).address
-
-
-# ---- what the language lacks
-
-
-def _instruction(result: types.Type, argument: types.Type, emit: Callable) -> Callable:
-    """A function of one number that is one instruction of LLVM."""
-
-    @intrinsic
-    def instruction(context, value):
-        return result(argument), lambda context, builder, signature, arguments: emit(builder, *arguments)
-
-    return instruction
-
-
-BYTE, NUMBER, FLOAT, HALF = ir.IntType(8).as_pointer(), ir.IntType(32), ir.FloatType(), ir.HalfType()
-pointer = _instruction(types.voidptr, types.int64, lambda builder, address: builder.inttoptr(address, BYTE))
-float_of_bits = _instruction(types.float32, types.uint32, lambda builder, bits: builder.bitcast(bits, FLOAT))
-bits_of_float = _instruction(types.uint32, types.float32, lambda builder, value: builder.bitcast(value, NUMBER))
-float_of_half = _instruction(
-    types.float32, types.int16, lambda builder, bits: builder.fpext(builder.bitcast(bits, HALF), FLOAT)
-)
-half_of_float = _instruction(
-    types.int16, types.float32, lambda builder, value: builder.bitcast(builder.fptrunc(value, HALF), ir.IntType(16))
-)
-
-
-@cfunc(KERNEL, cache=True)
-def _count_threads(arguments):
-    carray(pointer(arguments[1]), (arguments[0],), np.int64)[thread_number()] += 1
-
-
-def answering_threads() -> int:
-    """How many threads run a kernel."""
-    answers = torch.zeros(torch.get_num_threads(), dtype=torch.int64, device="cpu")
-    run(_count_threads.address, len(answers), answers.data_ptr())
-    return int(answers.sum())
-
-
-@intrinsic
-def prefetch(context, rows, i, j):
-    """Have the line of memory with rows[i, j] brought to the caches; any i and j will do."""
-
-    def generate(context, builder, signature, arguments):
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        item = cgutils.get_item_pointer(context, builder, signature.args[0], array, arguments[1:], wraparound=False)
-        function = ir.FunctionType(ir.VoidType(), [BYTE, NUMBER, NUMBER, NUMBER])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [BYTE], function)
-        to_read, keep, data = (ir.Constant(NUMBER, value) for value in (0, 3, 1))
-        builder.call(function, [builder.bitcast(item, BYTE), to_read, keep, data])
-        return context.get_dummy_value()
-
-    return types.void(rows, types.intp, types.intp), generate
-
-
-def wide(number):
-    """float32 of a number as it is stored."""
-    raise NotImplementedError
-
-
-@overload(wide)
-def _wide(number):
-    if number == types.float32:
-        return lambda number: number
-    if number == types.int16:
-        return lambda number: float_of_half(number)
-    return lambda number: float_of_bits(np.uint32(number) << np.uint32(16))  # a bfloat16 is the upper half of a float32
-
-
-def narrow(value, like):
-    """A float32 as it is stored in an array like this one, rounded to the nearest, of two as near to the even one."""
-    raise NotImplementedError
-
-
-@overload(narrow)
-def _narrow(value, like):
-    if like.dtype == types.float32:
-        return lambda value, like: value
-    if like.dtype == types.int16:
-        return lambda value, like: half_of_float(value)
-
-    def bfloat16(value, like):
-        bits = bits_of_float(value)
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        return np.uint16(0x7FC0) if value != value else np.uint16(rounded >> np.uint32(16))  # a NaN stays one
-
-    return bfloat16
-
-
-@njit
-def rounded(value, like):
-    """A float32 to the nearest of a type."""
-    return wide(narrow(value, like))
-
-
 LOG2_E = np.float32(math.log2(math.e))
 LN2_HIGH = np.float32(0.693359375)  # ln 2 to 9 bits: a multiple of it by a small integer is exact
 LN2_LOW = np.float32(math.log(2) - 0.693359375)
@@ -258,12 +147,6 @@ def silu(x):
     return np.float32(0) if x < LOWEST else x / (np.float32(1) + exp(-x))
 
 
-@njit
-def share(total):
-    """This thread's part of so many: its first, and the one behind its last."""
-    return total * thread_number() // thread_count(), total * (thread_number() + 1) // thread_count()
-
-
 @cache
 def linear_kernel(dtype: torch.dtype, quantised: bool) -> int:
     """The address of the kernel behind `RowLinear`, for x of a type and weights of the same or in 8 bits.
@@ -314,77 +197,64 @@ def turn(x, cos, sin, out):
         out[d] = rounded(rounded(high * wide(cos[d]), x) + rounded(low * wide(sin[d]), x), x)
 
 
-@njit
-def widen(rows, first, count, out):
-    """count rows of a cache [T, C] from the first on, into out [BLOCK, C]; the next are on their way meanwhile."""
-    channels = out.shape[1]
-    for j in range(count):
-        for c in range(0, channels, 64 // rows.itemsize):  # a line of the caches has 64 bytes
-            prefetch(rows, first + BLOCK + j, c)
-        for c in range(channels):
-            out[j, c] = wide(rows[first + j, c])
-
-
 @njit(fastmath=SUMS)
-def score(q, keys, scale, scores):
-    """q [G, C] by keys [BLOCK, C] -> scores [G, BLOCK]; four at a time."""
-    for g in range(len(q)):
-        for j in range(0, BLOCK, 4):
-            w = x = y = z = np.float32(0)
-            for c in range(q.shape[1]):
-                w += q[g, c] * keys[j, c]
-                x += q[g, c] * keys[j + 1, c]
-                y += q[g, c] * keys[j + 2, c]
-                z += q[g, c] * keys[j + 3, c]
-            scores[g, j], scores[g, j + 1] = w * scale, x * scale
-            scores[g, j + 2], scores[g, j + 3] = y * scale, z * scale
-
-
-@njit(fastmath=SUMS)
-def softmax(scores):
-    """e^(s - largest), in place, and their sum."""
-    largest, total = scores[0], np.float32(0)
+def softmax(scores, most):
+    """e^(s - most), in place, and their sum."""
+    total = np.float32(0)
     for j in range(len(scores)):
-        largest = max(largest, scores[j])
-    for j in range(len(scores)):
-        scores[j] = exp(scores[j] - largest)
+        scores[j] = exp(scores[j] - most)
         total += scores[j]
     return total
 
 
-@njit(fastmath=SUMS)
-def add_values(weights, values, out):
-    """The values [BLOCK, C], weighted by weights [G, BLOCK], to out [G, C]; four at a time."""
-    for g in range(len(out)):
-        for j in range(0, BLOCK, 4):
-            w, x, y, z = weights[g, j], weights[g, j + 1], weights[g, j + 2], weights[g, j + 3]
-            for c in range(out.shape[1]):
-                out[g, c] += w * values[j, c] + x * values[j + 1, c] + y * values[j + 2, c] + z * values[j + 3, c]
+def widen(kind, rows, first, count, out):
+    """count rows of a cache [T, C] from the first on, into out [BLOCK, W]; the next are on their way meanwhile. kind is
+    that of `widen_numbers`."""
+    raise NotImplementedError
+
+
+@overload(widen, prefer_literal=True)
+def _widen(kind, rows, first, count, out):
+    def whole(kind, rows, first, count, out):
+        channels = rows.shape[1]
+        if channels == out.shape[1]:
+            at, ahead = np.int64(rows.ctypes.data) + first * rows.strides[0], BLOCK * rows.strides[0]
+            widen_numbers(kind, at, count * channels, ahead, np.int64(out.ctypes.data))
+        else:
+            for j in range(count):
+                for c in range(channels):
+                    out[j, c] = wide(rows[first + j, c])
+
+    return whole
 
 
 @cache
 def attention_kernel(dtype: torch.dtype, channels: int) -> int:
     """The address of the kernel behind `RowAttention`.
 
-    Its arguments: key heads, query heads of each, the cache's capacity, position, first visible position, and the
-    addresses of q, k and v, cos, sin, the slot's keys, its values, and the result.
+    Its arguments: key heads, query heads of each, the cache's capacity, and the addresses of slot, position and first
+    visible position; of q, k and v, of cos and sin of all positions, of a layer's keys and values, and of the result.
     """
-    stored, scale = FLOATS[dtype], np.float32(channels**-0.5)
+    stored, scale, kind = FLOATS[dtype], np.float32(channels**-0.5), list(FLOATS).index(dtype)
 
     def kernel(arguments):
         kv_heads, group, capacity = arguments[0], arguments[1], arguments[2]
-        position, lo = arguments[3], arguments[4]
+        place = carray(pointer(arguments[3]), (3,), np.int64)
+        slot, position, lo = place[0], place[1], place[2]
         heads, visible = kv_heads * group, position + 1 - lo
-        qkv = carray(pointer(arguments[5]), (heads + 2 * kv_heads, channels), stored)
-        cos = carray(pointer(arguments[6]), (channels,), stored)
-        sin = carray(pointer(arguments[7]), (channels,), stored)
-        keys = carray(pointer(arguments[8]), (kv_heads, capacity, channels), stored)
-        values = carray(pointer(arguments[9]), (kv_heads, capacity, channels), stored)
-        out = carray(pointer(arguments[10]), (heads, channels), stored)
-        q, found = np.empty((group, channels), np.float32), np.empty((group, channels), np.float32)
+        qkv = carray(pointer(arguments[4]), (heads + 2 * kv_heads, channels), stored)
+        cos = carray(pointer(arguments[5]), (capacity, channels), stored)[position]
+        sin = carray(pointer(arguments[6]), (capacity, channels), stored)[position]
+        keys = carray(pointer(arguments[7]), (slot + 1, kv_heads, capacity, channels), stored)[slot]
+        values = carray(pointer(arguments[8]), (slot + 1, kv_heads, capacity, channels), stored)[slot]
+        out = carray(pointer(arguments[9]), (heads, channels), stored)
+        width = -(-channels // 16) * 16
         # The last block may be filled in part. What it held before stays behind the visible keys, and counts for 0.
-        block, weights = np.zeros((BLOCK, channels), np.float32), np.empty((group, visible + BLOCK), np.float32)
-        sums = np.empty(group, np.float32)
+        q, found, block = lines(group, width), lines(group, width), lines(BLOCK, width)
+        weights = lines(group, (visible // BLOCK + 1) * BLOCK + 16)
+        sums, row = np.empty(group, np.float32), 4 * width
+        q_at, block_at = np.int64(q.ctypes.data), np.int64(block.ctypes.data)
+        weights_at, found_at = np.int64(weights.ctypes.data), np.int64(found.ctypes.data)
         first, end = share(kv_heads)
         for head in range(first, end):
             turn(qkv[heads + head], cos, sin, block[0])
@@ -393,16 +263,24 @@ def attention_kernel(dtype: torch.dtype, channels: int) -> int:
                 values[head, position, c] = qkv[heads + kv_heads + head, c]
             for g in range(group):
                 turn(qkv[head * group + g], cos, sin, q[g])
+                q[g] *= scale
             for at in range(0, visible, BLOCK):
-                widen(keys[head], lo + at, min(BLOCK, visible - at), block)
-                score(q, block, scale, weights[:, at : at + BLOCK])
+                widen(kind, keys[head], lo + at, min(BLOCK, visible - at), block)
+                for g in range(group):
+                    for j in range(0, BLOCK, 16):
+                        to = weights_at + g * weights.strides[0] + 4 * (at + j)
+                        sixteen_dots(q_at + g * row, block_at + j * row, width, to)
             for g in range(group):
-                sums[g] = softmax(weights[g, :visible])
+                weights[g, visible:] = weights[g, 0]
+                sums[g] = softmax(weights[g, :visible], largest(weights_at + g * weights.strides[0], weights.shape[1]))
             weights[:, visible:] = 0
             found[:] = 0
             for at in range(0, visible, BLOCK):
-                widen(values[head], lo + at, min(BLOCK, visible - at), block)
-                add_values(weights[:, at : at + BLOCK], block, found)
+                widen(kind, values[head], lo + at, min(BLOCK, visible - at), block)
+                for g in range(group):
+                    for j in range(0, BLOCK, 16):
+                        of = weights_at + g * weights.strides[0] + 4 * (at + j)
+                        add_sixteen(of, block_at + j * row, width, found_at + g * row)
             for g in range(group):
                 for c in range(channels):
                     out[head * group + g, c] = narrow(found[g, c] / sums[g], out)

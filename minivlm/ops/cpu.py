@@ -3,8 +3,8 @@
 - Linear layers that read the same input (q, k, v; gate, up) are one product.
 - Which product is fastest depends on the processor, see `packs`. Either the weights lie in the order in which oneDNN's
   kernels read them, packed once, after loading (the operators for it are private to PyTorch, so `missing` tries them
-  before the backend is chosen); or they stay as they are, see cpu_products.py; small ones by columns, and
-  single rows have kernels for the others, see cpu_groups.py.
+  before the backend is chosen); or they lie in fewer bits, see cpu_compact.py, or as they are, see cpu_products.py;
+  those of a small model by columns, see cpu_groups.py.
 - Rows with one query attend together, and a step reads a cached key once for all query heads of its group where that
   is faster, see cpu_attention.py.
 - Rotary angles are looked up.
@@ -112,27 +112,29 @@ def prepare(model: nn.Module) -> None:
     process keep its memory. The model has no gradients from then on."""
     keep_freed()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    joined.join(model, lambda layers: _group(layers, id(layers[0].weight) in embeddings), alone=True)
+    layers = (module for module in model.modules() if isinstance(module, joined.LINEAR))
+    small = max((layer.in_features * layer.out_features for layer in layers), default=0) <= cpu_groups.SMALL
+
+    def group(layers: list[nn.Module]) -> joined.Group:
+        made = _group(layers, id(layers[0].weight) in embeddings, small)
+        made.small = small
+        return made
+
+    joined.join(model, group, alone=True)
 
 
-def _group(linears: Sequence[nn.Module], tied: bool) -> joined.Group:
+def _group(linears: Sequence[nn.Module], tied: bool, small: bool) -> joined.Group:
     """The layers of one input as one; tied ones are the embeddings too."""
     if isinstance(linears[0], QuantisedLinear):
         return quantised_group(linears)
-    if _small(linears):
-        group = Group(linears, packed=False)
-        group.weight.data = group.weight.t().contiguous().t()
-        return group
-    compact = None if tied or packs() else compact_group(linears)
-    return Group(linears, packs() and not tied) if compact is None else compact
-
-
-def _small(linears: Sequence[nn.Linear]) -> bool:
-    """Whether the weights of a group are to lie by columns: only where embedding_bag has FBGEMM's kernels."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return False
     plain = all(layer.bias is None for layer in linears)
-    return plain and sum(layer.weight.numel() for layer in linears) <= cpu_groups.SMALL
+    # Only FBGEMM has kernels for embedding_bag.
+    if small and plain and "fbgemm" in torch.backends.quantized.supported_engines:
+        group = Group(linears, packed=False)
+        group.weight.data = group.weight.t().contiguous().t()  # of tied embeddings too
+        return group
+    compact = compact_group(linears) if plain and not (small or tied or packs()) else None
+    return Group(linears, packs() and not tied) if compact is None else compact
 
 
 # ---- the operations of the seam

@@ -1,7 +1,8 @@
 """Joined layers of a CPU with their weights in fewer bits, the same numbers, see kernels/compact.py: a step reads
 three quarters of the bytes, and the model takes three quarters of the memory.
 
-Up to MOST_ROWS rows have this project's kernels. For more the weight is widened piece by piece for the library's product.
+Up to MOST_ROWS rows have this project's kernels. For more the weight is widened, a piece at a time, for the library's
+product.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,8 @@ PIECE = 2**22  # numbers of a weight that are widened at a time: fewer, and the 
 
 
 def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
-    """Layers of one input as one product; None if their weights are not for this."""
-    weight = linears[0].weight
-    large = sum(layer.weight.numel() for layer in linears) > cpu_groups.SMALL
-    plain = all(layer.bias is None for layer in linears) and weight.device.type == "cpu"
-    if not large or not plain or compact.missing(weight.dtype) is not None:
+    """Layers of one input without biases as one product; None if their weights are not for this."""
+    if linears[0].weight.device.type != "cpu" or compact.missing(linears[0].weight.dtype) is not None:
         return None
     group = CompactGroup(linears)
     weight, group.weight = group.weight.detach().contiguous(), None

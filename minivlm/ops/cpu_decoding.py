@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from minivlm.kernels.compact import CompactLinear
-from minivlm.kernels.single_row import RowAttention, RowLinear, missing_attention
+from minivlm.kernels.recording import Recording
+from minivlm.kernels.single_row import RowAttention, missing_attention
 from minivlm.ops import cpu
 from minivlm.ops.cpu_attention import SingleQueries
 from minivlm.ops.cpu_products import MLP_ACROSS, mlp_across, of_rows
@@ -74,29 +74,37 @@ class Step:
         )
         self.single_queries = SingleQueries(cache, heads, config.sliding_window)
         self.embeddings, self.norm = decoder.embed_tokens.weight.detach(), _norm(decoder.norm)
-        self.several = [_layer(layer) for layer in decoder.layers]
-        self.one = [_row_layer(*layers, cache.keys.dtype) for layers in zip(decoder.layers, self.several, strict=True)]
+        self.layers = [_layer(layer) for layer in decoder.layers]
         self.places = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(*self.cache, strict=True)]
-        self.attention = None
-        by_kernels = any(isinstance(layer.output, (RowLinear, CompactLinear)) for layer in self.one)
-        if by_kernels and missing_attention(cache.keys.dtype, config.head_dim) is None:
-            self.attention = RowAttention(heads, *self.cache, self.cos, self.sin, config.sliding_window)
+        self.recording = self._recording(decoder)
 
     def __call__(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The hidden states [B, D] of B rows' tokens, each at a position of a slot."""
         if max(positions) >= self.capacity:
             raise ValueError(f"position {max(positions)} does not fit in a cache of {self.capacity} positions")
         single = len(ids) == 1
-        if single and self.attention is not None:
-            attend = partial(self.attention, slot=slots[0], position=positions[0])
-        else:
-            attend = self._attend(slots, positions)
+        if single and self.recording is not None:
+            self.place.copy_(torch.tensor(self.attention.place(slots[0], positions[0]), device="cpu"))
+            self.x.copy_(self.embeddings[ids[0]])
+            return self.norm(self.recording()).view(1, -1)
+        attend = self._attend(slots, positions)
         x = self.embeddings[ids[0] if single else torch.tensor(ids, device="cpu")]  # [D] or [B, D]
         x = x.contiguous()  # tied ones may lie by columns
-        for number, layer in enumerate(self.one if single else self.several):
-            x = layer.output(attend(number, layer.qkv(x)), x)
-            x = layer.mlp(x)
-        return self.norm(x).view(-1, x.shape[-1])
+        return self.norm(_through(self.layers, attend, x)).view(-1, x.shape[-1])
+
+    def _recording(self, decoder: nn.Module) -> Recording | None:
+        """A single row through the layers by this project's kernels; None where one is missing.
+
+        The row is `x` [D], and `place` says where in the cache it belongs.
+        """
+        dtype, config = self.embeddings.dtype, decoder.config
+        layers = [_row_layer(layer, dtype) for layer in decoder.layers]
+        if None in layers or missing_attention(dtype, config.head_dim) is not None:
+            return None
+        self.attention = RowAttention(self.heads[0], *self.cache, self.cos, self.sin, config.sliding_window)
+        self.place = torch.zeros(3, dtype=torch.int64, device="cpu")
+        self.x = self.embeddings.new_empty(config.hidden_size)
+        return Recording(lambda: _through(layers, partial(self.attention.at, place=self.place), self.x))
 
     def _attend(self, slots: Sequence[int], positions: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """A function (number of a layer, q, k and v [.., (H + 2 K) C]) -> [.., H C]: turn, store, attend."""
@@ -118,8 +126,16 @@ class Step:
         return attend
 
 
+def _through(layers: Sequence[Layer], attend: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Rows x [.., D] through layers, of each of which `attend` takes the number, and q, k and v."""
+    for number, layer in enumerate(layers):
+        x = layer.output(attend(number, layer.qkv(x)), x)
+        x = layer.mlp(x)
+    return x
+
+
 def _layer(layer: nn.Module) -> Layer:
-    """By the libraries."""
+    """By the libraries, or what its groups have for several rows."""
     attention = layer.self_attn
     norm, qkv, project = _norm(layer.input_layernorm), _rowwise(attention.q_proj), _rowwise(attention.o_proj)
     mlp_norm, mlp = _norm(layer.post_attention_layernorm), _mlp(layer.mlp)
@@ -130,18 +146,14 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _row_layer(layer: nn.Module, otherwise: Layer, dtype: torch.dtype) -> Layer:
-    """For a single row: this project's kernels where the weights lie as they read them."""
+def _row_layer(layer: nn.Module, dtype: torch.dtype) -> Layer | None:
+    """For a single row, by this project's kernels; None where one is missing."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = attention.q_proj.group.row_linear(dtype, layer.input_layernorm)
     output = attention.o_proj.group.row_linear(dtype)
     inner = mlp.gate_proj.group.row_linear(dtype, layer.post_attention_layernorm, swiglu=True)
     down = mlp.down_proj.group.row_linear(dtype)
-    return Layer(
-        qkv=qkv or otherwise.qkv,
-        output=output or otherwise.output,
-        mlp=otherwise.mlp if inner is None or down is None else lambda x: down(inner(x), x),
-    )
+    return None if None in (qkv, output, inner, down) else Layer(qkv, output, lambda x: down(inner(x), x))
 
 
 def _rowwise(layer: GroupedLinear) -> Rowwise:

@@ -1,6 +1,6 @@
 """Joined layers of a CPU, and which of their products of a single row are this project's kernels, see
-kernels/single_row.py: those with weights that are not small and lie as they were loaded or quantised, where Numba is
-installed."""
+kernels/single_row.py: those with weights that lie as they were loaded or quantised, where Numba is installed and the
+model is not small."""
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,20 @@ from minivlm.kernels.single_row import RowLinear
 from minivlm.ops import joined
 from minivlm.ops.norms import RMSNorm
 
-# Weights of at most so many numbers do without a kernel: Numba takes a third of a second to load. If they have no bias
-# and are not quantised they lie by columns. In 16 bits one row's product is then the sum of the columns, weighted by
-# the row, which is what embedding_bag computes, and a few rows have a bag each; oneDNN spends 15 us on any product
-# before it begins. Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256 24 / 25 / 7,
-# 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32 it is MKL's product: the four
-# of a layer of width 256 take 230 / 372 / 733 us for 2 / 8 / 32 rows where the weights lie by rows, and 164 / 243 / 491
-# by columns. Other processors were not measured.
+# Models whose layers have at most so many weights do without kernels: Numba takes a third of a second to load. Weights
+# without a bias that are not quantised lie by columns there. In 16 bits one row's product is then the sum of the
+# columns, weighted by the row, which is what embedding_bag computes, and a few rows have a bag each; oneDNN spends 15
+# us on any product before it begins. Microseconds packed / as a vector / by columns, Intel with AMX, bfloat16: 256x256
+# 24 / 25 / 7, 1536x256 54 / 56 / 34, 1024x1024 116 / 120 / 108, 2048x1024 215 / 240 / 271. In float32 it is MKL's
+# product: the four of a layer of width 256 take 230 / 372 / 733 us for 2 / 8 / 32 rows where the weights lie by rows,
+# and 164 / 243 / 491 by columns. Other processors were not measured.
 SMALL = 2**19
 
 
 class Group(joined.Group):
     """Layers of one input; what several rows are multiplied by is for others to say, in `several`."""
+
+    small = False  # whether it belongs to a model that does without kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
@@ -42,7 +44,7 @@ class Group(joined.Group):
     @property
     def large(self) -> bool:
         """Whether it is to have kernels."""
-        return self.by_rows and self.weight.numel() > SMALL and self.bias is None
+        return self.by_rows and not self.small and self.bias is None
 
     def missing(self, dtype: torch.dtype) -> str | None:
         """Why there is no kernel for rows of a type."""
