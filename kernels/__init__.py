@@ -1,2 +1,2 @@
-"""Kernels, each with its plain PyTorch twin: by Triton for a GPU; single_row.py, by Numba, for a CPU. They import
+"""Kernels, each with its plain PyTorch twin: here by Triton for a GPU, in cpu/ by Numba for a CPU. They import
 nothing of minivlm."""

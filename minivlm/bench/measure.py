@@ -14,7 +14,7 @@ from time import perf_counter
 
 import torch
 
-from minivlm.kernels import single_row
+from minivlm.kernels.cpu import single_row
 
 SMALL = 0.2  # share of the buffers that the quick form reads and multiplies
 

@@ -126,7 +126,7 @@ def prepare(model: nn.Module) -> None:
 def _group(linears: Sequence[nn.Module], tied: bool, small: bool) -> joined.Group:
     """The layers of one input as one; tied ones are the embeddings too."""
     if isinstance(linears[0], QuantisedLinear):
-        return quantised_group(linears)
+        return quantised_group(linears, small)
     plain = all(layer.bias is None for layer in linears)
     # Only FBGEMM has kernels for embedding_bag.
     if small and plain and "fbgemm" in torch.backends.quantized.supported_engines:

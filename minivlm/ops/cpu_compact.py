@@ -1,7 +1,7 @@
-"""Joined layers of a CPU with their weights in fewer bits, the same numbers, see kernels/compact.py: a step reads
+"""Joined layers of a CPU with their weights in fewer bits, the same numbers, see kernels/cpu/compact.py: a step reads
 three quarters of the bytes, and the model takes three quarters of the memory.
 
-Up to MOST_ROWS rows have this project's kernels. For more the weight is widened, a piece at a time, for the library's
+Up to eight rows have this project's kernels. For more the weight is widened, a piece at a time, for the library's
 product.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minivlm.kernels import compact
-from minivlm.kernels.compact import MOST_ROWS, Compact, CompactLinear
+from minivlm.kernels.cpu import few_rows
+from minivlm.kernels.cpu.compact import Compact
+from minivlm.kernels.cpu.few_rows import FewRowsLinear
 from minivlm.ops import cpu_groups
 from minivlm.ops.cpu_groups import refuse_gradients
 from minivlm.ops.cpu_products import MANY, product, shaped
@@ -23,7 +24,7 @@ PIECE = 2**22  # numbers of a weight that are widened at a time: fewer, and the 
 
 def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
     """Layers of one input without biases as one product; None if their weights are not for this."""
-    if linears[0].weight.device.type != "cpu" or compact.missing(linears[0].weight.dtype) is not None:
+    if linears[0].weight.device.type != "cpu" or few_rows.missing(linears[0].weight.dtype, "compact") is not None:
         return None
     group = CompactGroup(linears)
     weight, group.weight = group.weight.detach().contiguous(), None
@@ -34,23 +35,19 @@ def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
 class CompactGroup(cpu_groups.Group):
     """compact: the weight [N_1 + N_2 + .., K]."""
 
-    packed = True
+    packed, form = True, "compact"
     compact: Compact
 
     def whole(self) -> Tensor:
         return self.compact.expanded()
 
-    def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> CompactLinear:
+    def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> FewRowsLinear:
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
-        return CompactLinear(self.compact, *around, swiglu)
+        return FewRowsLinear(self.compact, None, *around, swiglu, dtype)
 
     def several(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs)
-        if len(rows) > MOST_ROWS:
-            out = self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)]
-        else:
-            out = CompactLinear(self.compact, None, 0.0, False)(rows.contiguous())
-        return out.view(*x.shape[:-1], -1)
+        return self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)].view(*x.shape[:-1], -1)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one, of many rows each whole in memory."""

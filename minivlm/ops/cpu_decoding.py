@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from minivlm.kernels.recording import Recording
-from minivlm.kernels.single_row import RowAttention, missing_attention
+from minivlm.kernels.cpu.recording import Recording
+from minivlm.kernels.cpu.single_row import RowAttention, missing_attention
 from minivlm.ops import cpu
 from minivlm.ops.cpu_attention import SingleQueries
 from minivlm.ops.cpu_products import MLP_ACROSS, mlp_across, of_rows
@@ -160,7 +160,7 @@ def _rowwise(layer: GroupedLinear) -> Rowwise:
     """By the whole group of a layer."""
     group = layer.group
     plain = isinstance(group, cpu.Group) and not group.packed
-    return of_rows(group.weight.detach(), group.bias) if plain else group.several
+    return of_rows(group.weight.detach(), group.bias) if plain else group.forward
 
 
 def _mlp(mlp: nn.Module) -> Rowwise:

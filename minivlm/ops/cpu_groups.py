@@ -1,13 +1,15 @@
-"""Joined layers of a CPU, and which of their products of a single row are this project's kernels, see
-kernels/single_row.py: those with weights that lie as they were loaded or quantised, where Numba is installed and the
+"""Joined layers of a CPU, and which of their products of few rows are this project's kernels, see
+kernels/cpu/few_rows.py and, of weights as stored or without AVX-512, single_row.py: where Numba is installed and the
 model is not small."""
 
 import torch
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
-from minivlm.kernels import single_row
-from minivlm.kernels.single_row import RowLinear
+from minivlm.kernels.cpu import few_rows, single_row
+from minivlm.kernels.cpu.compact import BLOCK
+from minivlm.kernels.cpu.few_rows import MOST_ROWS, FewRowsLinear
+from minivlm.kernels.cpu.single_row import RowLinear
 from minivlm.ops import joined
 from minivlm.ops.norms import RMSNorm
 
@@ -22,15 +24,19 @@ SMALL = 2**19
 
 
 class Group(joined.Group):
-    """Layers of one input; what several rows are multiplied by is for others to say, in `several`."""
+    """Layers of one input; what many rows are multiplied by is for others to say, in `several`."""
 
     small = False  # whether it belongs to a model that does without kernels
+    form: str | None = None  # of its weight, as few_rows.py calls them; None as it was loaded
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
         refuse_gradients(x, *self.parameters())
-        single = self.row_linear(x.dtype) if x.numel() == self.inputs else None
-        return self.several(x) if single is None else single(x.reshape(-1).contiguous()).view(*x.shape[:-1], -1)
+        rows = x.numel() // self.inputs
+        linear = self._alone(x.dtype) if 0 < rows <= MOST_ROWS else None
+        if linear is None or rows > linear.most_rows:
+            return self.several(x)
+        return linear(x.reshape(*(rows,) * (rows > 1), self.inputs).contiguous()).view(*x.shape[:-1], -1)
 
     def several(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..], for any number of rows."""
@@ -48,14 +54,28 @@ class Group(joined.Group):
 
     def missing(self, dtype: torch.dtype) -> str | None:
         """Why there is no kernel for rows of a type."""
-        return single_row.missing_linear(dtype, self.scale is not None)
+        few = "the weights are as stored" if self.form is None else few_rows.missing(dtype, self.form)
+        if few is None and self.inputs % BLOCK == 0:
+            return None
+        return single_row.missing_linear(dtype, self.form == "int8") if self.form != "int4" else few
 
-    def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> RowLinear | None:
-        """The kernel for single rows of a type; None where there is none for this group."""
+    def row_linear(
+        self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False
+    ) -> FewRowsLinear | RowLinear | None:
+        """The kernel for single rows of a type, or for a few; None where there is none for this group."""
         if not self.large or self.missing(dtype) is not None:
             return None
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
-        return RowLinear(self.weight.detach(), self.scale, *around, swiglu, dtype)
+        few = self.form is not None and self.inputs % BLOCK == 0 and few_rows.missing(dtype, self.form) is None
+        return (FewRowsLinear if few else RowLinear)(self.weight.detach(), self.scale, *around, swiglu, dtype)
+
+    def _alone(self, dtype: torch.dtype) -> FewRowsLinear | RowLinear | None:
+        """`row_linear` without what may surround the product, made once."""
+        if self._made is None or self._made[0] != dtype:
+            self._made = dtype, self.row_linear(dtype)
+        return self._made[1]
+
+    _made: tuple[torch.dtype, FewRowsLinear | RowLinear | None] | None = None
 
 
 def without_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:

@@ -3,10 +3,9 @@
 - int8: the activations are quantised too, each row of them to 127 steps of its own largest value, when they come; the
   product is of integers, exact, and then scaled. So a row's result depends on the rows beside it by rounding alone,
   which may take a number that lies between two steps to either. The weights lie as they were made, and of few rows are
-  the left factor, as in cpu_products.py. Single rows have a kernel of this project, kernels/single_row.py, where it can
-  run.
-- int4: only the weights, packed. Up to FEW rows go through PyTorch's product of packed nibbles, more through the weight
-  widened for the moment, which is faster then.
+  the left factor, as in cpu_products.py. Few rows have a kernel of this project, where it can run, see cpu_groups.py.
+- int4: only the weights. Few rows go through a kernel of this project, or where it cannot run through PyTorch's product
+  of packed nibbles; more through the weight widened for the moment, which is faster then.
 
 The operators are private to PyTorch, so `missing_quantised` tries them before weights are quantised for them.
 """
@@ -19,8 +18,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from minivlm.kernels.cpu import few_rows
+from minivlm.kernels.cpu.few_rows import INT4, INT8
+from minivlm.kernels.cpu.single_row import LEAST_STEP
 from minivlm.kernels.quantise import GROUP, HALF, quantise_int4, quantise_int8
-from minivlm.kernels.single_row import LEAST_STEP
 from minivlm.ops import cpu_groups
 from minivlm.ops.cpu_shapes import of_rounded
 from minivlm.ops.quantised import QuantisedLinear, widened
@@ -44,7 +45,7 @@ def missing_quantised(form: str, dtype: torch.dtype) -> str | None:
     expected = 127 * widened(layer.weight, layer.scale, torch.float32).T  # [D, V]
     x = 127 * torch.eye(GROUP, dtype=dtype, device="cpu")
     try:
-        product = quantised_group([layer]).several
+        product = quantised_group([layer], small=True).several
         found = torch.cat([product(x[:1]), product(x[1:FEW]), product(x)[FEW:]]).float()
     except (AttributeError, RuntimeError) as error:  # no such operator; no kernel for this type on this processor
         return " ".join(str(error).split())
@@ -52,13 +53,18 @@ def missing_quantised(form: str, dtype: torch.dtype) -> str | None:
     return None if wrong <= expected.max() / 100 else f"its products are inexact here, wrong by {wrong:g}"
 
 
-def quantised_group(layers: Sequence[QuantisedLinear]) -> cpu_groups.Group:
-    """Layers of one input as one product."""
-    return Int8Group(layers) if layers[0].weight.dtype == torch.int8 else Int4Group(layers)
+def quantised_group(layers: Sequence[QuantisedLinear], small: bool) -> cpu_groups.Group:
+    """Layers of one input as one product; those of a small model do without kernels."""
+    if layers[0].weight.dtype == torch.int8:
+        return Int8Group(layers)
+    by_kernels = not small and few_rows.missing(layers[0].scale.dtype, INT4) is None
+    return Int4Group(layers) if by_kernels else PackedInt4Group(layers)
 
 
 class Int8Group(cpu_groups.Group):
     """weight: int8 [N, K]; scale: float32 [N]."""
+
+    form = INT8
 
     def several(self, x: Tensor) -> Tensor:
         pieces = x.reshape(-1, self.inputs).split(PIECE)
@@ -75,6 +81,22 @@ class Int8Group(cpu_groups.Group):
 
 
 class Int4Group(cpu_groups.Group):
+    """weight: uint8 [N, K / 2] as in kernels/quantise.py; scale: float32 [N, K / 128]."""
+
+    form = INT4
+
+    def __init__(self, layers: Sequence[QuantisedLinear]):
+        super().__init__(layers)
+        self.scale = self.scale.float()
+
+    def several(self, x: Tensor) -> Tensor:
+        out = of_rounded(
+            lambda rows: linear(rows, widened(self.weight, self.scale, rows.dtype)), x.reshape(-1, self.inputs)
+        )
+        return out.view(*x.shape[:-1], -1)
+
+
+class PackedInt4Group(cpu_groups.Group):
     """weight and scale: in the order that PyTorch's product reads."""
 
     packed = True

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from minivlm.kernels import single_row
+from minivlm.kernels.cpu import compiling, single_row
+from minivlm.kernels.cpu.single_row import DTYPES, RowAttention, RowLinear
 from minivlm.kernels.quantise import quantise_int8
-from minivlm.kernels.single_row import DTYPES, RowAttention, RowLinear
 from minivlm.ops.rope import rope_table
 
 SIZES = [(1, 2), (2, 1), (14, 31), (16, 100), (18, 64), (666, 257)]  # outputs, inputs
@@ -239,10 +239,15 @@ def test_large_scores_are_neither_infinite_nor_lost():
 
 def test_what_does_not_fit_is_refused():
     attention = attention_of((4, 2, 10), torch.float32, None)
-    for layer, slot, position in ((0, 0, CAPACITY), (0, 0, -1), (2, 0, 0), (-1, 0, 0), (0, 3, 0), (0, -1, 0)):
-        found = f"layer {layer}, slot {slot}, position {position} in a cache of [2, 3, 70] of them"
+    for slot, position in ((0, CAPACITY), (0, -1), (3, 0), (-1, 0)):
+        found = f"slot {slot}, position {position} in a cache of [3, 70] of them"
         with pytest.raises(ValueError, match=re.escape(found)):
-            attention(layer, numbers(80), slot, position)
+            attention(0, numbers(80), slot, position)
+    for layer in (2, -1):
+        with pytest.raises(ValueError, match=f"layer {layer} of 2"):
+            attention(layer, numbers(80), 0, 0)
+    with pytest.raises(ValueError, match=r"expected contiguous torch.int64 \[3\] on cpu"):
+        attention.at(0, numbers(80), torch.zeros(3))
     with pytest.raises(ValueError, match=r"expected contiguous torch.float32 \[80\] on cpu"):
         attention(0, numbers(79), 0, 0)
     keys, table = numbers(1, 1, 2, 8, 10), numbers(8, 1, 10)
@@ -262,14 +267,15 @@ def test_the_exponential_and_the_roundings():
     import numpy as np
     from numba import njit
 
-    from minivlm.kernels import single_row_numba as made
+    from minivlm.kernels.cpu.compiling import narrow, wide
+    from minivlm.kernels.cpu.single_row_numba import exp
 
     @njit
     def each(x, like, exps, there, back):
         for i in range(len(x)):
-            exps[i] = made.exp(x[i])
-            there[i] = made.narrow(x[i], like)
-            back[i] = made.wide(there[i])
+            exps[i] = exp(x[i])
+            there[i] = narrow(x[i], like)
+            back[i] = wide(there[i])
 
     x = (
         torch.randint(-(2**31), 2**31 - 1, (10**6,), generator=torch.Generator().manual_seed(0))
@@ -294,9 +300,10 @@ def test_the_exponential_and_the_roundings():
 def test_what_is_compiled_is_kept_on_disk(tmp_path):
     """A second process compiles nothing."""
     code = (
-        "import torch; from minivlm.kernels import single_row_numba as made\n"
+        "import torch; from minivlm.kernels.cpu import single_row_numba as made\n"
         "made.linear_kernel(torch.bfloat16, True); made.attention_kernel(torch.bfloat16, 10)\n"
-        "print(made._count_threads._cache._impl.locator.get_cache_path())"
+        "from minivlm.kernels.cpu.compiling import _count_threads\n"
+        "print(_count_threads._cache._impl.locator.get_cache_path())"
     )
 
     def run() -> set[tuple[str, int]]:
@@ -308,7 +315,7 @@ def test_what_is_compiled_is_kept_on_disk(tmp_path):
 
 TOLD = """
 import torch
-from minivlm.kernels import single_row
+from minivlm.kernels.cpu import compiling, single_row
 print(single_row.missing_linear(torch.float32, False), single_row.missing_attention(torch.float32, 10), sep="|")
 """
 
@@ -332,11 +339,11 @@ def test_without_numba_or_without_its_threads_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(single_row, "find_spec", lambda name: None)
     assert single_row.missing.__wrapped__() == "Numba is not installed, expected `pip install 'minivlm[cpu]'`"
     monkeypatch.undo()
-    monkeypatch.setattr(single_row.compiled(), "answering_threads", lambda: 7)
+    monkeypatch.setattr(compiling, "answering_threads", lambda: 7)
     assert "7 threads answer, expected" in single_row.missing.__wrapped__()
 
     def refuse() -> int:
         raise RuntimeError("cannot cache function:\n no locator")
 
-    monkeypatch.setattr(single_row.compiled(), "answering_threads", refuse)
+    monkeypatch.setattr(compiling, "answering_threads", refuse)
     assert single_row.missing.__wrapped__() == "RuntimeError: cannot cache function: no locator"

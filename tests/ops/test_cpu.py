@@ -13,8 +13,8 @@ from torch import nn
 import minivlm
 from minivlm import checkpoint
 from minivlm.errors import InputError
-from minivlm.kernels import compact, single_row
-from minivlm.ops import cpu, cpu_compact, cpu_groups
+from minivlm.kernels.cpu import few_rows, single_row
+from minivlm.ops import cpu, cpu_compact, cpu_groups, joined
 from minivlm.ops.backend import CPU, REFERENCE, SDPA, choose
 from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
@@ -53,10 +53,10 @@ def form(request, monkeypatch):
     if request.param != "by columns":
         monkeypatch.setattr(cpu_groups, "SMALL", 0)
     if request.param == "compact":
-        assert compact.missing(torch.float32) is None
+        assert few_rows.missing(torch.float32, "compact") is None
         monkeypatch.setattr(cpu_compact, "WORTH", math.inf)
     else:
-        monkeypatch.setattr(compact, "missing", lambda dtype: "not in this test")
+        monkeypatch.setattr(few_rows, "missing", lambda dtype, form: "not in this test")
     if request.param == "by kernels":
         assert single_row.missing_linear(torch.float32, False) is None
     else:
@@ -138,11 +138,14 @@ def test_packed_weights_are_saved_as_they_were(tiny_of, tmp_path, kind, dtype):
     assert packed.keys() == plain.keys() and all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
-def test_no_original_is_kept(tiny_of):
+def test_no_original_is_kept(tiny_of, form):
     model = minivlm.load(tiny_of("llava").folder, device="cpu", dtype="float32", backend="cpu").model
     plain = tiny_of("llava").vlm.model
     assert not [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert sum(p.nbytes for p in model.parameters()) == sum(p.nbytes for p in plain.parameters())
+    groups = [module.compact for module in model.modules() if isinstance(module, cpu_compact.CompactGroup)]
+    compact = sum(compact.shape[0] * compact.shape[1] * 4 for compact in groups)
+    assert (compact > 0) is (form == "compact")
+    assert sum(p.nbytes for p in model.parameters()) + compact == sum(p.nbytes for p in plain.parameters())
 
 
 def test_a_tied_head_is_not_copied(tmp_path):
@@ -165,13 +168,16 @@ def test_gradients_are_refused_and_not_lost(tiny_of):
 
 @pytest.mark.parametrize("rows", (1, 5, 100))
 @pytest.mark.parametrize("name", ("norm.weight", "gate_proj.group.weight", "down.group.weight"))
-def test_the_mlp_refuses_gradients_at_every_number_of_rows(rows, name):
+def test_the_mlp_refuses_gradients_at_every_number_of_rows(rows, name, form):
     block = nn.Module()
     block.norm, block.down = RMSNorm(24, 1e-6), nn.Linear(40, 24, bias=False)
     block.gate_proj, block.up_proj = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
     cpu.prepare(block)
     arguments = (torch.randn(rows, 24), block.norm, block.gate_proj, block.up_proj, block.down)
     assert not cpu.gated_mlp(*arguments).requires_grad
+    if form == "compact" and "group" in name:
+        assert name not in dict(block.named_parameters())  # its numbers are bytes, which have no gradients
+        return
     block.get_parameter(name).requires_grad_(True)
     with pytest.raises(InputError, match="backend cpu: its joined weights have no gradients"):
         cpu.gated_mlp(*arguments)
@@ -219,7 +225,7 @@ def test_small_weights_of_16_bits_lie_by_columns(form, tied):
     block.to(torch.bfloat16)
     weight, state = block.head.weight.detach().clone(), {k: v.clone() for k, v in block.state_dict().items()}
     cpu.prepare(block)
-    assert (block.head.group.weight.stride() == (1, 40)) is (form == "by columns")
+    assert (block.head.group.whole().stride() == (1, 40)) is (form == "by columns")
     assert (block.head.weight is block.embed.weight) is tied
     assert block.q_proj.group.weight.is_contiguous()
     assert torch.equal(block.embed(torch.tensor([3, 0])), state["embed.weight"][[3, 0]])
@@ -351,12 +357,13 @@ def test_the_original_weights_go_as_their_group_is_made(monkeypatch):
         block.q_proj, block.k_proj, block.v_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
         blocks.append(block)
 
-    class Watched(cpu.Group):
-        def __init__(self, linears, packed):
-            assert [weight() for weight in gone] == [None] * len(gone)
-            super().__init__(linears, packed)
-            gone.extend(weakref.ref(linear.weight) for linear in linears)
+    made = joined.Group.__init__
 
-    monkeypatch.setattr(cpu, "Group", Watched)
+    def watched(group, linears):
+        assert [weight() for weight in gone] == [None] * len(gone)
+        made(group, linears)
+        gone.extend(weakref.ref(linear.weight) for linear in linears)
+
+    monkeypatch.setattr(joined.Group, "__init__", watched)
     cpu.prepare(blocks)
     assert [weight() for weight in gone] == [None] * 9

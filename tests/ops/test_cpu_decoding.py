@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import minivlm
 from minivlm.decoder.mistral import MistralDecoder
-from minivlm.kernels.single_row import RowLinear
+from minivlm.kernels.cpu.few_rows import FewRowsLinear
+from minivlm.kernels.cpu.single_row import RowLinear
 from minivlm.ops import cpu_attention
 from minivlm.ops.backend import CPU
 from minivlm.ops.cpu_decoding import Step, decoding
@@ -149,9 +150,10 @@ def test_what_is_masked_may_be_no_number(tiny_of):
 def test_kernels_are_what_computes_a_single_row(tiny_of, form):  # noqa: F811
     decoder = decoder_of(tiny_of("next-mistral").folder, torch.bfloat16)
     step = Step(decoder, decoder.new_cache(1, 4))
-    kernels = [isinstance(part, RowLinear) for layer in step.one for part in (layer.qkv, layer.output)]
-    assert kernels == [form == "by kernels"] * len(kernels) and kernels
-    assert (step.attention is not None) is (form == "by kernels")
+    group = decoder.layers[0].self_attn.q_proj.group
+    kind = type(group.row_linear(torch.bfloat16))
+    assert kind is {"by kernels": RowLinear, "compact": FewRowsLinear}.get(form, type(None))
+    assert (step.recording is not None) is (form in ("by kernels", "compact"))
 
 
 def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
@@ -161,7 +163,7 @@ def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
     with torch.inference_mode():
         whole = decoder(decoder.embed_tokens(torch.tensor(ids)), Rows.causal([LENGTH]), None)[3:]
         found = steps(decoder, ids, 1, LENGTH)
-        by_kernels = isinstance(Step(decoder, decoder.new_cache(1, 4)).one[0].qkv, RowLinear)
+        by_kernels = Step(decoder, decoder.new_cache(1, 4)).recording is not None
     assert by_kernels is (form == "by kernels")
     assert (found - whole).norm() <= 0.005 * whole.norm()
 

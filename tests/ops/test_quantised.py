@@ -6,7 +6,7 @@ from torch import nn
 
 from minivlm.errors import InputError
 from minivlm.kernels.quantise import dequantise_int4, dequantise_int8
-from minivlm.ops import cpu, cpu_quantised
+from minivlm.ops import cpu, cpu_groups, cpu_quantised
 from minivlm.ops.backend import choose
 from minivlm.ops.cpu_quantised import ACROSS, FEW, missing_quantised, quantised_group
 from minivlm.ops.quantised import FORMATS, PIECE, QuantisedLinear, quantise, widened
@@ -14,6 +14,9 @@ from minivlm.ops.quantised import FORMATS, PIECE, QuantisedLinear, quantise, wid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AT_ONCE = cpu_quantised.PIECE
 CPU = torch.device("cpu")
+# Numbers of rows, and whether the libraries multiply them all.
+ROWS_4 = [(1, False), (5, False), (9, False), (1, True), (FEW, True), (FEW + 1, True)]
+ROWS_8 = [(1, False), (3, False), (8, False), (9, False), *((n, True) for n in (1, 2, ACROSS, ACROSS + 1, AT_ONCE + 3))]
 
 
 def layer_of(outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> nn.Linear:
@@ -21,6 +24,14 @@ def layer_of(outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> nn
     layer = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
     layer.weight = nn.Parameter(torch.randn(outputs, inputs, generator=generator).to(dtype))
     return layer
+
+
+def group_of(layers: list[QuantisedLinear], small: bool) -> cpu_groups.Group:
+    """By the libraries, as small models are computed, or by this project's kernels."""
+    group = quantised_group(layers, small)
+    group.small = small
+    assert small or group.row_linear(torch.float32) is not None
+    return group
 
 
 def rows_of(rows: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
@@ -79,10 +90,10 @@ def by_8_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if missing_quantised("int8", dtype) is None])
 @pytest.mark.parametrize("sizes", [(64,), (48, 16, 16), (7, 9), (300, 20)])
-@pytest.mark.parametrize("rows", [1, 2, ACROSS, ACROSS + 1, AT_ONCE + 3])
-def test_int8_on_a_cpu_quantises_every_row_by_itself(dtype, sizes, rows):
-    layers = [quantise(layer_of(size, 96, dtype, seed), "int8") for seed, size in enumerate(sizes)]
-    group, x = quantised_group(layers), rows_of(rows, 96, dtype)
+@pytest.mark.parametrize(("rows", "small"), ROWS_8)
+def test_int8_on_a_cpu_quantises_every_row_by_itself(dtype, sizes, rows, small):
+    layers = [quantise(layer_of(size, 128, dtype, seed), "int8") for seed, size in enumerate(sizes)]
+    group, x = group_of(layers, small), rows_of(rows, 128, dtype)
     x[-1] *= 100  # a loud row leaves its neighbours alone
     found = torch.cat(group.parts(x), dim=-1).double()
     expected = by_8_bits(x, torch.cat([exact(layer) for layer in layers]))
@@ -93,25 +104,27 @@ def test_int8_on_a_cpu_quantises_every_row_by_itself(dtype, sizes, rows):
     assert torch.equal(group(torch.zeros_like(x)), torch.zeros_like(found, dtype=dtype))
 
 
-@pytest.mark.parametrize("rows", [1, 2, ACROSS, ACROSS + 1, AT_ONCE, AT_ONCE + 3])
-def test_int8_sums_are_exact(rows):
+@pytest.mark.parametrize(("rows", "small"), [*ROWS_8, (AT_ONCE, True)])
+def test_int8_sums_are_exact(rows, small):
     """The largest that there are, which a product of fewer bits would cut off, and numbers of one sign."""
     draw = torch.Generator().manual_seed(rows)
-    weight = torch.randint(-127, 128, (40, 96), generator=draw, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (40, 128), generator=draw, dtype=torch.int8)
     weight[:8] = 127
-    steps = torch.randint(-127, 128, (rows, 96), generator=draw)
+    steps = torch.randint(-127, 128, (rows, 128), generator=draw)
     steps[:, 0], steps[0] = 127, 127  # so that a step is 2^-4
-    group = quantised_group([QuantisedLinear(weight, torch.full((40,), 2.0**-9))])
+    group = group_of([QuantisedLinear(weight, torch.full((40,), 2.0**-9))], small)
     expected = (steps @ weight.long().T).double() * 2.0**-13
-    assert torch.equal(group.several(steps.float() / 16).double(), expected)
+    assert torch.equal(group(steps.float() / 16).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if missing_quantised("int4", dtype) is None])
 @pytest.mark.parametrize("sizes", [(64,), (128, 32, 32), (7, 90)])
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 50])
-def test_int4_on_a_cpu_equals_the_weights_widened(dtype, sizes, rows):
+@pytest.mark.parametrize(
+    ("rows", "small"), [(1, False), (5, False), (9, False), (1, True), (FEW, True), (FEW + 1, True)]
+)
+def test_int4_on_a_cpu_equals_the_weights_widened(dtype, sizes, rows, small):
     layers = [quantise(layer_of(size, 256, dtype, seed), "int4") for seed, size in enumerate(sizes)]
-    group, x = quantised_group(layers), rows_of(rows, 256, dtype)
+    group, x = group_of(layers, small), rows_of(rows, 256, dtype)
     found = [part.double() for part in group.parts(x)]
     expected = [x.double() @ exact(layer).T for layer in layers]
     for ours, theirs in zip(found, expected, strict=True):

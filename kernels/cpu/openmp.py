@@ -30,11 +30,10 @@ _parallel.restype = None
 def run(kernel: int, *arguments: int | Tensor | None) -> None:
     """Call the kernel at an address once in each thread. Of tensors it gets the addresses, 0 for None."""
     call = Call(kernel, arguments)
-    notes = getattr(_noting, "calls", None)
-    if notes is None:
+    if _noting.calls is None:
         _parallel(kernel, ctypes.addressof(call.packed), torch.get_num_threads(), 0)
     else:
-        notes.append(call)
+        _noting.calls.append(call)
 
 
 class Call:
@@ -46,7 +45,11 @@ class Call:
         self.packed = (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-_noting = threading.local()
+class _Noting(threading.local):
+    calls: list[Call] | None = None
+
+
+_noting = _Noting()
 
 
 @contextmanager

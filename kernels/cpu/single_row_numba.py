@@ -12,7 +12,8 @@ import torch
 from numba import carray, njit, types
 from numba.extending import overload
 
-from minivlm.kernels.compiling import (
+from minivlm.kernels.cpu.cache_rows import add_sixteen, largest, sixteen_dots, widen_numbers
+from minivlm.kernels.cpu.compiling import (
     FLOATS,
     address_of,
     float_of_bits,
@@ -23,8 +24,7 @@ from minivlm.kernels.compiling import (
     share,
     wide,
 )
-from minivlm.kernels.row_vectors import add_sixteen, largest, sixteen_dots, widen_numbers
-from minivlm.kernels.single_row import LEAST_STEP
+from minivlm.kernels.cpu.single_row import LEAST_STEP
 
 BLOCK = 32  # keys that are widened to float32 at a time
 SUMS = {"reassoc", "contract"}  # what the compiler may change: the order of a sum, and a product that is added

@@ -33,14 +33,14 @@ LEAST_STEP = 1e-30  # of a quantised row, whose numbers may all be 0
 @cache
 def compiled() -> ModuleType:
     """The compiled forms, which take a third of a second to import."""
-    from minivlm.kernels import single_row_numba
+    from minivlm.kernels.cpu import single_row_numba
 
     return single_row_numba
 
 
 def run(kernel: int, *arguments: int | Tensor | None) -> None:
     """openmp.py's, which needs Numba."""
-    from minivlm.kernels import openmp
+    from minivlm.kernels.cpu import openmp
 
     openmp.run(kernel, *arguments)
 
@@ -66,7 +66,7 @@ def missing() -> str | None:
     """Why no compiled form can run here; None if PyTorch's threads answer."""
 
     def trial() -> str | None:
-        from minivlm.kernels.compiling import answering_threads
+        from minivlm.kernels.cpu.compiling import answering_threads
 
         found, expected = answering_threads(), torch.get_num_threads()
         return None if found == expected else f"{found} threads answer, expected {expected}"
@@ -121,6 +121,8 @@ class RowLinear:
         swiglu: the result is silu(gate x) * (up x), [N / 2].
         dtype: of x, norm and the result.
     """
+
+    most_rows = 1
 
     def __init__(
         self, weight: Tensor, scale: Tensor | None, norm: Tensor | None, eps: float, swiglu: bool, dtype: torch.dtype
@@ -244,6 +246,7 @@ class RowAttention:
 
 
 def require(condition: bool, found: str) -> None:
+    """Raises ValueError with what was found, unless the condition holds."""
     if not condition:
         raise ValueError(f"row kernels: found {found}")
 

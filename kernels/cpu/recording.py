@@ -15,7 +15,7 @@ class Recording:
 
     def __init__(self, function: Callable[[], Tensor]):
         """function: is called now, while no kernel runs; what it returns is where the result will be."""
-        from minivlm.kernels.openmp import noted  # which needs Numba
+        from minivlm.kernels.cpu.openmp import noted  # which needs Numba
 
         with noted() as calls:
             self.result = function()
@@ -25,7 +25,7 @@ class Recording:
 
     def __call__(self) -> Tensor:
         """Run them; the result is overwritten by the next run."""
-        from minivlm.kernels import compiling, openmp
+        from minivlm.kernels.cpu import compiling, openmp
 
         openmp.run(compiling.sequence_kernel(), *self._arguments)
         return self.result

@@ -1,86 +1,28 @@
 """What compact.py calls, compiled by Numba for this processor, which must have AVX-512.
 
-The loops over a row are in row_vectors.py; everything around them is as in single_row_numba.py.
+The loop over a row that is widened is in weight_rows.py.
 """
 
-import struct
 from functools import cache
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
-from minivlm.kernels.compact import BLOCK, Compact, CompactLinear, ordered
-from minivlm.kernels.compiling import FLOATS, address_of, float_of_bits, lines, narrow, pointer, rounded, share, wide
-from minivlm.kernels.openmp import run, thread_count, thread_number
-from minivlm.kernels.row_vectors import SIDE_BY_SIDE, dots, widen_row
-from minivlm.kernels.single_row_numba import SUMS, normalised, silu
+from minivlm.kernels.cpu.compact import BLOCK, Compact, ordered
+from minivlm.kernels.cpu.compiling import FLOATS, address_of, float_of_bits, narrow, pointer, share
+from minivlm.kernels.cpu.openmp import run, thread_count, thread_number
+from minivlm.kernels.cpu.weight_rows import COMPACT, WHOLE, widen_row
 
 HALF = BLOCK // 2
-
-
-@njit(fastmath=SUMS)
-def add_kept(starts, columns, values, x, found):
-    """To found [B, N], of rows of which `starts` [N + 1] is a part, x [B, K] by the weights that are kept whole."""
-    for i in range(found.shape[1]):
-        for at in range(starts[i], starts[i + 1]):
-            for b in range(len(found)):
-                found[b, i] += values[at] * x[b, columns[at]]
-
-
-@cache
-def linear_kernel(dtype: torch.dtype, whole: bool, batch: int) -> int:
-    """The address of the kernel behind `CompactLinear`, for x of a type, weights with a rest or without, and up to so
-    many rows.
-
-    Its arguments: rows, outputs, inputs, 1 with swiglu, how many weights are kept whole, the addresses of x, norm, the
-    weight's lower bytes, places, rest, table, starts, columns and values, of the residual and the result, 0 for what
-    is not there, and the bits of eps.
-    """
-    stored, side, rest = FLOATS[dtype], SIDE_BY_SIDE[batch], int(whole)
-
-    def kernel(arguments):
-        rows, outputs, inputs, swiglu = arguments[0], arguments[1], arguments[2], arguments[3]
-        x = carray(pointer(arguments[5]), (rows, inputs), stored)
-        norm = carray(pointer(arguments[6]), (inputs if arguments[6] else 0,), stored)
-        a, b, c, d = arguments[7], arguments[8], arguments[9], arguments[10]
-        starts = carray(pointer(arguments[11]), (outputs * (1 + swiglu) + 1,), np.int32)
-        columns = carray(pointer(arguments[12]), (arguments[4],), np.int32)
-        values = carray(pointer(arguments[13]), (arguments[4],), np.float32)
-        residual = carray(pointer(arguments[14]), (rows if arguments[14] else 0, outputs), stored)
-        out = carray(pointer(arguments[15]), (rows, outputs), stored)
-        begin, end = share(outputs)
-        count, padded = end - begin, -(-inputs // BLOCK) * BLOCK
-        unit, found = lines(rows, padded), np.empty((1 + swiglu, batch, count), np.float32)
-        for i in range(rows):
-            unit[i, :inputs] = normalised(x[i], norm, float_of_bits(np.uint32(arguments[16])))
-        source, stride = np.int64(unit.ctypes.data), count // side
-        for part in range(1 + swiglu):
-            first = begin + part * outputs
-            to = np.int64(found[part].ctypes.data) - 4 * first
-            for i in range(first, first + stride):
-                dots(side, batch, rest, a, b, c, d, padded, i, stride, source, rows, to, count)
-            for i in range(first + side * stride, first + count):
-                dots(1, batch, rest, a, b, c, d, padded, i, 0, source, rows, to, count)
-            add_kept(starts[first : first + count + 1], columns, values, unit, found[part, :rows])
-        for i in range(rows):
-            for j in range(count):
-                value = rounded(found[0, i, j], out)
-                if swiglu:
-                    value = rounded(rounded(silu(value), out) * rounded(found[1, i, j], out), out)
-                if len(residual):
-                    value += wide(residual[i, begin + j])
-                out[i, begin + j] = narrow(value, out)
-
-    return address_of(kernel, f"compact_linear_{dtype}_{whole}_{batch}")
 
 
 @cache
 def _expand_kernel(dtype: torch.dtype, whole: bool) -> int:
     """The address of the kernel behind `expand`, whose arguments are: rows, the first, inputs, how many weights are
     kept whole, the addresses of lower bytes, places, rest, table, starts, columns, values and the result."""
-    stored, rest, wide = FLOATS[dtype], int(whole), int(dtype == torch.float32)
+    stored, form, wide = FLOATS[dtype], WHOLE if whole else COMPACT, int(dtype == torch.float32)
 
     def kernel(arguments):
         rows, first, inputs, kept = arguments[0], arguments[1], arguments[2], arguments[3]
@@ -94,7 +36,7 @@ def _expand_kernel(dtype: torch.dtype, whole: bool) -> int:
         begin, end = share(rows)
         for i in range(begin, end):
             place = out[i].ctypes.data if inputs == padded else row.ctypes.data
-            widen_row(rest, wide, a, b, c, d, padded, first + i, np.int64(place))
+            widen_row(form, wide, a, b, c, d, padded, first + i, np.int64(place))
             if inputs < padded:
                 out[i] = row[:inputs]
             for at in range(starts[first + i], starts[first + i + 1]):
@@ -177,33 +119,15 @@ def pack(weight: Tensor, table: Tensor, most: int) -> tuple | None:
     return lower, places, rest if any(rests) else None, starts, columns, values
 
 
-def multiply(product: CompactLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
-    """`CompactLinear` of so many rows x, into `out`."""
-    weight = product.weight
-    kernel = linear_kernel(weight.dtype, weight.rest is not None, next(n for n in SIDE_BY_SIDE if n >= rows))
-    sizes = rows, product.outputs, product.inputs, int(product.swiglu), len(weight.values)
-    run(
-        kernel,
-        *sizes,
-        x,
-        product.norm,
-        *_order(weight),
-        residual,
-        out,
-        *struct.unpack("i", struct.pack("f", product.eps)),
-    )
-    return out
-
-
 def expand(weight: Compact, first: int, end: int) -> Tensor:
     """Rows of a weight as they were."""
     inputs = weight.shape[1]
     out = torch.empty(end - first, inputs, dtype=weight.dtype, device="cpu")
     kernel = _expand_kernel(weight.dtype, weight.rest is not None)
-    run(kernel, end - first, first, inputs, len(weight.values), *_order(weight), out)
+    run(kernel, end - first, first, inputs, len(weight.values), *parts(weight), out)
     return out
 
 
-def _order(weight: Compact) -> tuple:
+def parts(weight: Compact) -> tuple:
     """What a weight has, in the order of the kernels' arguments."""
     return weight.lower, weight.places, weight.rest, weight.table, weight.starts, weight.columns, weight.values

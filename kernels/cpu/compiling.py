@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 
-from minivlm.kernels.openmp import KERNEL, barrier, run, thread_count, thread_number
+from minivlm.kernels.cpu.openmp import KERNEL, barrier, run, thread_count, thread_number
 
 LINE = 64  # bytes of a line of the caches
 # What stands for each type; of 16 bits one is signed and one is not, only to tell them apart in `wide` and `narrow`.
@@ -29,7 +29,7 @@ FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np
 @cache
 def _sources() -> str:
     """A name for the state of the files that compiled code is made of."""
-    files = (path for path in Path(__file__).parent.iterdir() if path.suffix == ".py")
+    files = Path(__file__).parent.glob("*.py")
     return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
 
 

@@ -1,0 +1,142 @@
+"""Products of up to eight rows with a weight that is kept in few bits, on a CPU, with what surrounds them in a decoding
+step. The weight is read once for all of them, and reading it is what takes the time.
+
+Shapes:     x [B, K], weight [N, K] -> [B, N]; with swiglu the weight is [gate | up], and the result [B, N / 2].
+Weights:    Compact, of compact.py; int8 [N, K] with scale float32 [N]; int4 as of quantise.py, uint8 [N, K / 2] with
+            scale float32 [N, K / 128].
+Dtypes:     float32, bfloat16; float16 with int8 and int4. By int8 x is quantised too, each row of it to steps of
+            1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32; what the plain
+            forms round on the way is rounded.
+Limits:     AVX-512; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs.
+Bytes:      3 / 2, 1 or 17 / 32 N K, 7 / 2 N K of a float32 weight.
+Operations: 2 B N K.
+
+The compiled forms are in few_rows_numba.py.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from minivlm.kernels.cpu import compact, single_row
+from minivlm.kernels.cpu.compact import BLOCK, Compact
+from minivlm.kernels.cpu.single_row import (
+    LEAST_STEP,
+    MOST_INPUTS,
+    difference,
+    finished,
+    normalised,
+    reason_of,
+    require,
+    require_like,
+)
+from minivlm.kernels.quantise import dequantise_int4
+
+MOST_ROWS = 8
+INT8, INT4 = "int8", "int4"
+
+
+@cache
+def compiled() -> ModuleType:
+    """The compiled forms, which take a third of a second to import."""
+    from minivlm.kernels.cpu import few_rows_numba
+
+    return few_rows_numba
+
+
+@cache
+def missing(dtype: torch.dtype, form: str) -> str | None:
+    """Why there are no such products here of a type with "compact", "int8" or "int4" weights; None if small ones are
+    right."""
+
+    def trial() -> str | None:
+        numbers = torch.arange(20 * BLOCK, dtype=torch.int32, device="cpu").view(20, BLOCK) % 977
+        scale = None
+        if form == "compact":
+            weight = (numbers * 2.0**-12 * (-1.0) ** numbers).to(dtype)
+            weight[3, 5] = 2.0**-90  # which is kept whole
+            if dtype == torch.float32:
+                weight[4, 7] += 2.0**-20  # a rest
+            stored, weight = weight, Compact.of(weight)
+            if weight is None or not torch.equal(weight.expanded(), stored) or not torch.equal(weight.plain(), stored):
+                return "its weights are not what they were"
+        elif form == INT8:
+            weight, scale = (numbers % 255 - 127).to(torch.int8), torch.ones(20, device="cpu")
+        else:
+            weight, scale = (numbers % 256).to(torch.uint8)[:, ::2].contiguous(), torch.ones(20, 1, device="cpu")
+        product = FewRowsLinear(weight, scale, None, 0, False, dtype)
+        x = (numbers[:3] % 31 - 15).to(dtype)
+        return difference(product(x), product.plain(x))
+
+    if dtype not in (compact.DTYPES if form == "compact" else single_row.DTYPES):
+        return f"there is none for {dtype}"
+    if not torch.cpu._is_avx512_supported():
+        return "the processor has no AVX-512"
+    return single_row.missing() or reason_of(trial)
+
+
+class FewRowsLinear:
+    """The product of up to MOST_ROWS rows with a weight, perhaps of their RMSNorm, perhaps through SwiGLU.
+
+    Args:
+        weight: [N, K], in one of the forms above; with swiglu [gate | up] one above the other.
+        scale: of an int8 or int4 weight, None otherwise.
+        norm: the weight [K] of an RMSNorm, or None; eps is its epsilon.
+        swiglu: the result is silu(gate x) * (up x), [.., N / 2].
+        dtype: of x, norm and the result; a Compact weight's own.
+    """
+
+    most_rows = MOST_ROWS
+
+    def __init__(
+        self,
+        weight: Compact | Tensor,
+        scale: Tensor | None,
+        norm: Tensor | None,
+        eps: float,
+        swiglu: bool,
+        dtype: torch.dtype,
+    ):
+        if isinstance(weight, Compact):
+            self.form, rows, self.inputs = "compact", *weight.shape
+            require(weight.dtype == dtype and scale is None, f"a compact weight of {weight.dtype} for {dtype}")
+        else:
+            self.form, per_byte = (INT4, 2) if weight.dtype == torch.uint8 else (INT8, 1)
+            rows, self.inputs = len(weight), weight.shape[1] * per_byte
+            require_like(weight, weight.shape, torch.uint8 if self.form == INT4 else torch.int8)
+            require(scale is not None and dtype in single_row.DTYPES, f"{self.form}, scale {scale}, for {dtype}")
+            require_like(scale, (rows, self.inputs // BLOCK) if self.form == INT4 else (rows,), torch.float32)
+            require(self.inputs % BLOCK == 0, f"{self.form} of {self.inputs} inputs, expected a multiple of {BLOCK}")
+            require(self.form == INT4 or self.inputs <= MOST_INPUTS, f"int8 of {self.inputs} inputs")
+        if norm is not None:
+            require_like(norm, (self.inputs,), dtype)
+        require(not swiglu or rows % 2 == 0, f"swiglu of {rows} rows")
+        self.weight, self.scale, self.norm, self.eps, self.swiglu, self.dtype = weight, scale, norm, eps, swiglu, dtype
+        self.outputs = rows // (1 + swiglu)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [K] or [B, K], and what the result is added to, or None -> [N] or [B, N]."""
+        shape = (*x.shape[:-1], self.inputs)
+        require_like(x, shape, self.dtype)
+        rows = x.numel() // self.inputs
+        require(x.dim() <= 2 and 0 < rows <= MOST_ROWS, f"{list(x.shape)}, expected 1 to {MOST_ROWS} rows")
+        out = x.new_empty(*shape[:-1], self.outputs)
+        if residual is not None:
+            require_like(residual, out.shape, self.dtype)
+        return compiled().multiply(self, x, rows, residual, out)
+
+    def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same in PyTorch."""
+        x = normalised(x, self.norm, self.eps)
+        if self.form == "compact":
+            product = linear(x, self.weight.plain())
+        elif self.form == INT4:
+            product = linear(x.float(), dequantise_int4(self.weight, self.scale)).to(x.dtype)
+        else:
+            step = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST_STEP)
+            sums = linear((x.float() / step).round().double(), self.weight.double())  # of integers, exact
+            product = (sums.float() * self.scale * step).to(x.dtype)
+        return finished(product, self.swiglu, residual)

@@ -1,0 +1,72 @@
+"""What loops in vectors of LLVM are written with, for functions that Numba compiles others around.
+
+Numba vectorises a loop by its widest type, and gives up on some. Where that costs, a function here emits LLVM's
+instructions: it is called while the caller is compiled, with a builder and values that will be numbers when it runs.
+Addresses are integers.
+"""
+
+from collections.abc import Callable
+
+from llvmlite import ir
+
+LANES = 16  # float32 of a vector
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, NUMBERS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+ADDED = ("reassoc", "contract", "nsz")  # what LLVM may do to a sum
+
+
+def all_of(kind: ir.VectorType, value: float) -> ir.Constant:
+    """A vector of one number."""
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def at_address(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+    """The pointer to what lies so many bytes behind an address."""
+    return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+    """What lies so many bytes behind an address, anywhere in a line of the caches."""
+    return builder.load(at_address(builder, address, offset, kind), align=1)
+
+
+def times(builder: ir.IRBuilder, value: ir.Value, factor: int) -> ir.Value:
+    """An integer so many times."""
+    return builder.mul(value, ir.Constant(I64, factor))
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value) -> None:
+    """Have the line so many bytes behind an address brought to the caches; any address will do."""
+    pointer = I8.as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function)
+    to_read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    builder.call(fetch, [at_address(builder, address, offset, I8), to_read, keep, data])
+
+
+def loop(builder: ir.IRBuilder, count: ir.Value, begin: list, step: Callable, block: int) -> list[ir.Value]:
+    """What `step` makes of values, first of `begin`, for every block of so many: (values, number) -> values."""
+    before, body = builder.block, builder.append_basic_block("block")
+    end = builder.append_basic_block("end")
+    builder.branch(body)
+    builder.position_at_end(body)
+    at = builder.phi(I64)
+    carried = [builder.phi(value.type) for value in begin]
+    values = step(carried, at)
+    following = builder.add(at, ir.Constant(I64, block))
+    for phi, first, then in zip([at, *carried], [ir.Constant(I64, 0), *begin], [following, *values], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), body, end)
+    builder.position_at_end(end)
+    return values
+
+
+def reduced(builder: ir.IRBuilder, how: str, vector: ir.Value) -> ir.Value:
+    """Of a vector's numbers the sum (fadd, of integers add) or the largest (fmax)."""
+    kind = vector.type.element
+    first = [ir.Constant(kind, 0.0)] if how == "fadd" else []
+    name = f"llvm.vector.reduce.{how}.v{vector.type.count}{'f' if kind == F32 else 'i'}32"
+    signature = ir.FunctionType(kind, [*[kind] * len(first), vector.type])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
+    return builder.call(function, [*first, vector], fastmath=() if how == "add" else ("reassoc",))

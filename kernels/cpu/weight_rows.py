@@ -1,0 +1,230 @@
+"""Products of rows of weights that are kept in few bits, and compact ones as they were, as functions for what Numba
+compiles others around. A weight is read BLOCK numbers of a row at a time, and needs AVX-512.
+
+compact: bytes are taken 64 at a time to their upper bytes, to pairs, to float32: 16 weights take two instructions,
+         where a loop that Numba vectorises takes eight. `whole` has the rest of float32 beside them.
+int8:    by rows that are quantised too, int16; pairs of products are added to int32, exactly.
+int4:    each half byte is looked up among -8 to 7, in float32; the sum of a group is multiplied by its scale.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from minivlm.kernels.cpu.compact import BLOCK
+from minivlm.kernels.cpu.compiling import LINE
+from minivlm.kernels.cpu.llvm_vectors import (
+    ADDED,
+    F32,
+    HALVES,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    NUMBERS,
+    VECTOR,
+    all_of,
+    at_address,
+    load,
+    loop,
+    prefetch,
+    reduced,
+    times,
+)
+
+COMPACT, WHOLE, INT8, INT4 = range(4)
+# How many rows of the weight go side by side for so many rows of x: distant ones come sooner than one alone, and the
+# processor has registers for 16 sums.
+SIDE_BY_SIDE = {1: 4, 2: 4, 4: 4, 8: 2}
+# What is so many weights ahead is fetched; that may be in the next row. GB/s of one row, 5632x1024, without this and
+# 512, 1024, 2048 and 4096 ahead: bfloat16 11.9 / 14.8 / 15.0 / 14.5 / 14.0, float32 12.8 / 15.5 / 15.5 / 15.0 / 14.6.
+AHEAD = 1024
+
+HALF = BLOCK // 2
+BYTES, PAIRS, SIXTEEN = ir.VectorType(I8, HALF), ir.VectorType(I16, HALF // 2), ir.VectorType(I8, LANES)
+# Of bytes a and b: a0 b0 a1 b1 .. of the first or the second half of each lane of 16.
+INTERLEAVED = [
+    [byte for lane in range(4) for i in range(8) for byte in (16 * lane + first + i, HALF + 16 * lane + first + i)]
+    for first in (0, 8)
+]
+
+
+class Weight:
+    """A weight while code is emitted for it: where its parts are, and what its blocks are added to sums with.
+
+    parts: the address of each part, and how many half bytes a number takes there.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, form: int, addresses: list[ir.Value], inputs: ir.Value):
+        self.builder, self.form, self.inputs = builder, form, inputs
+        halves = {COMPACT: (2, 1), WHOLE: (2, 1, 4), INT8: (2,), INT4: (1,)}[form]
+        self.parts = list(zip(addresses, halves, strict=False))
+        if form in (COMPACT, WHOLE):
+            table = builder.load(builder.inttoptr(addresses[3], SIXTEEN.as_pointer()), align=1)
+            self.table = builder.shuffle_vector(table, table, _places(list(range(16)) * 4))  # one for each lane
+        self.scales = addresses[1] if form == INT4 else None
+        self.sum_type = NUMBERS if form == INT8 else VECTOR
+        self.x_size = 2 if form == INT8 else 4  # bytes of a number of the rows x
+
+    def row(self, number: ir.Value) -> list[ir.Value]:
+        """The addresses of a row's parts, and of its scales where it has some."""
+        builder, first = self.builder, self.builder.mul(number, self.inputs)
+        addresses = [builder.add(address, self._bytes(first, halves)) for address, halves in self.parts]
+        if self.scales is not None:
+            scales = times(builder, builder.udiv(first, ir.Constant(I64, BLOCK)), 4)
+            addresses.append(builder.add(self.scales, scales))
+        return addresses
+
+    def fetch(self, row: list[ir.Value], at: ir.Value) -> None:
+        """Have the block that is AHEAD of number `at` brought to the caches."""
+        for address, (_, halves) in zip(row, self.parts, strict=False):
+            for line in range(0, BLOCK * halves // 2, LINE):
+                offset = ir.Constant(I64, AHEAD * halves // 2 + line)
+                prefetch(self.builder, address, self.builder.add(self._bytes(at, halves), offset))
+
+    def numbers(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
+        """The block of a compact row from number `at` on, as the bits of eight vectors of float32."""
+        builder, vectors = self.builder, []
+        look_up = ir.FunctionType(BYTES, [BYTES] * 2)
+        look_up = builder.module.declare_intrinsic("llvm.x86.avx512.pshuf.b.512", (), look_up)
+        both = load(builder, row[1], self._bytes(at, 1), BYTES)
+        high = builder.bitcast(builder.lshr(builder.bitcast(both, PAIRS), all_of(PAIRS, 4)), BYTES)
+        for part, places in enumerate((both, high)):
+            upper = builder.call(look_up, [self.table, builder.and_(places, all_of(BYTES, 15))])
+            lower = load(builder, row[0], builder.add(at, ir.Constant(I64, part * HALF)), BYTES)
+            for order in INTERLEAVED:
+                pairs = builder.bitcast(builder.shuffle_vector(lower, upper, _places(order)), NUMBERS)
+                vectors.append(builder.shl(pairs, all_of(NUMBERS, 16)))
+                vectors.append(builder.and_(pairs, all_of(NUMBERS, 0xFFFF0000)))
+        if self.form == COMPACT:
+            return vectors
+        rests = [load(builder, row[2], self._number(at, i * LANES, 2), HALVES) for i in range(len(vectors))]
+        return [builder.or_(bits, builder.zext(rest, NUMBERS)) for bits, rest in zip(vectors, rests, strict=True)]
+
+    def add(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
+        """The sums plus the products of a block from number `at` on and the lines x."""
+        if self.form == INT8:
+            return self._add_integers(sums, row, at, lines)
+        if self.form == INT4:
+            vectors, order = self._steps(row, at)
+        else:
+            vectors, order = [self.builder.bitcast(bits, VECTOR) for bits in self.numbers(row, at)], range(8)
+        begin = sums if self.scales is None else [all_of(VECTOR, 0.0)] * len(sums)
+        found = list(begin)
+        for weight, place in zip(vectors, order, strict=True):
+            for k, line in enumerate(lines):
+                x = load(self.builder, line, self._number(at, place * LANES, 4), VECTOR)
+                found[k] = self._plus(found[k], weight, x)
+        if self.scales is None:
+            return found
+        scale = load(self.builder, row[1], times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4), F32)
+        scale = self.builder.insert_element(all_of(VECTOR, 0.0), scale, ir.Constant(I32, 0))
+        scale = self.builder.shuffle_vector(scale, scale, all_of(NUMBERS, 0))
+        return [self._plus(total, scale, group) for total, group in zip(sums, found, strict=True)]
+
+    def _steps(self, row: list[ir.Value], at: ir.Value) -> tuple[list[ir.Value], list[int]]:
+        """The block of an int4 row in float32 without its scale, and which eighth of the block each vector is."""
+        builder, vectors, order = self.builder, [], []
+        look_up = builder.module.declare_intrinsic(
+            "llvm.x86.avx512.permvar.sf.512", (), ir.FunctionType(VECTOR, [VECTOR, NUMBERS])
+        )
+        steps = ir.Constant(VECTOR, [float(step) for step in range(-8, 8)])
+        for part in range(4):
+            offset = builder.add(self._bytes(at, 1), ir.Constant(I64, part * LANES))
+            both = builder.zext(load(builder, row[0], offset, SIXTEEN), NUMBERS)  # the lowest four bits are looked up
+            for half, places in enumerate((both, builder.lshr(both, all_of(NUMBERS, 4)))):
+                vectors.append(builder.call(look_up, [steps, places]))
+                order.append(4 * half + part)
+        return vectors, order
+
+    def _add_integers(self, sums: list, row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
+        builder, sums, kind = self.builder, list(sums), ir.FunctionType(NUMBERS, [PAIRS] * 2)
+        multiply_add = builder.module.declare_intrinsic("llvm.x86.avx512.pmaddw.d.512", (), kind)
+        for first in range(0, BLOCK, PAIRS.count):
+            weight = load(builder, row[0], self._number(at, first, 1), ir.VectorType(I8, PAIRS.count))
+            weight = builder.sext(weight, PAIRS)
+            for k, line in enumerate(lines):
+                x = load(builder, line, self._number(at, first, 2), PAIRS)
+                sums[k] = builder.add(sums[k], builder.call(multiply_add, [weight, x]))
+        return sums
+
+    def _plus(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.builder.fadd(total, self.builder.fmul(a, b, flags=ADDED), flags=ADDED)
+
+    def _bytes(self, number: ir.Value, halves: int) -> ir.Value:
+        """How far behind the first a number is, of so many half bytes each."""
+        return self.builder.lshr(times(self.builder, number, halves), ir.Constant(I64, 1))
+
+    def _number(self, at: ir.Value, more: int, size: int) -> ir.Value:
+        """The same of number at + more, of so many bytes each."""
+        return times(self.builder, self.builder.add(at, ir.Constant(I64, more)), size)
+
+
+def _places(order: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I32, len(order)), order)
+
+
+@intrinsic(prefer_literal=True)
+def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, out, between):
+    """`side` rows of a weight by up to `batch` rows of x; these two and the form are constants.
+
+    The others: the addresses of the weight's parts (compact: lower bytes, places, rest, table; int8: itself; int4:
+    itself and its scales, float32), its inputs, the first row and how far behind it the next is, the address of x
+    [count, inputs], float32 or int16, and of the results, float32 [batch, ..] of so many numbers each, in which row 0
+    of the weight has place 0.
+    """
+
+    def generate(context, builder, signature, arguments):
+        *addresses, inputs, row, stride, x, count, out, between = arguments[3:]
+        weight = Weight(builder, form.literal_value, addresses, inputs)
+        numbers = [builder.add(row, times(builder, stride, i)) for i in range(side.literal_value)]
+        rows = [weight.row(number) for number in numbers]
+        last, lines = builder.sub(count, ir.Constant(I64, 1)), []
+        for i in range(batch.literal_value):  # the last row of x stands in for those behind it
+            line = ir.Constant(I64, i)
+            line = builder.select(builder.icmp_signed("<", line, last), line, last)
+            lines.append(builder.add(x, builder.mul(line, times(builder, inputs, weight.x_size))))
+
+        def step(sums, at):
+            found = []
+            for i, row in enumerate(rows):
+                weight.fetch(row, at)
+                found += weight.add(sums[i * len(lines) : (i + 1) * len(lines)], row, at, lines)
+            return found
+
+        nothing = all_of(weight.sum_type, 0 if form.literal_value == INT8 else 0.0)
+        sums = loop(builder, inputs, [nothing] * (len(rows) * len(lines)), step, BLOCK)
+        for place, total in enumerate(sums):
+            number = builder.add(numbers[place // len(lines)], times(builder, between, place % len(lines)))
+            total = reduced(builder, "add" if form.literal_value == INT8 else "fadd", total)
+            total = builder.sitofp(total, F32) if form.literal_value == INT8 else total
+            builder.store(total, at_address(builder, out, times(builder, number, 4), F32))
+        return context.get_dummy_value()
+
+    return types.void(form, side, batch, *[types.int64] * 11), generate
+
+
+@intrinsic(prefer_literal=True)
+def widen_row(context, form, wide, a, b, c, d, inputs, row, out):
+    """A row of a compact weight as it was, to an address: of float32 if wide, else of bfloat16. The form and wide are
+    constants; the others are as those of `dots`."""
+
+    def generate(context, builder, signature, arguments):
+        *addresses, inputs, row, out = arguments[2:]
+        weight = Weight(builder, form.literal_value, addresses, inputs)
+        row = weight.row(row)
+
+        def step(_, at):
+            for j, bits in enumerate(weight.numbers(row, at)):
+                number = builder.add(at, ir.Constant(I64, j * LANES))
+                if not wide.literal_value:
+                    bits = builder.trunc(builder.lshr(bits, all_of(NUMBERS, 16)), HALVES)
+                offset = times(builder, number, 4 if wide.literal_value else 2)
+                builder.store(bits, at_address(builder, out, offset, bits.type), align=1)
+            return []
+
+        loop(builder, inputs, [], step, BLOCK)
+        return context.get_dummy_value()
+
+    return types.void(form, wide, *[types.int64] * 7), generate

@@ -1,0 +1,197 @@
+"""The CPU's products of a few rows, against float64 and against their plain forms; and recordings of kernels."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_compact import normal, threads  # noqa: F401  a fixture
+from test_single_row import EPS, exact, numbers
+from torch.nn.functional import silu
+
+from minivlm.kernels.cpu.compact import Compact
+from minivlm.kernels.cpu.few_rows import FewRowsLinear, missing
+from minivlm.kernels.cpu.recording import Recording
+from minivlm.kernels.cpu.single_row import DTYPES, RowAttention
+from minivlm.kernels.quantise import dequantise_int4, quantise_int4, quantise_int8
+
+pytestmark = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="these kernels need AVX-512")
+FORMS = [(dtype, form) for dtype in DTYPES for form in ("compact", "int8", "int4")]
+FORMS.remove((torch.float16, "compact"))
+SIZES = [(2, 128), (14, 256), (666, 384)]  # outputs, inputs
+
+
+def linear_of(outputs: int, inputs: int, dtype: torch.dtype, form: str, normed: bool, swiglu: bool) -> FewRowsLinear:
+    weight, scale = numbers(outputs, inputs, dtype=dtype), None
+    weight[outputs // 2, 3] = 2.0**-30  # which a compact one keeps whole
+    if form == "compact":
+        weight = Compact.of(weight)
+    elif form == "int8":
+        weight, scale = quantise_int8(weight)
+    else:
+        weight, scale = quantise_int4(weight)
+        scale = scale.float()
+    norm = (1 + 0.3 * numbers(inputs)).to(dtype) if normed else None
+    return FewRowsLinear(weight, scale, norm, EPS, swiglu, dtype)
+
+
+def by_hand(linear: FewRowsLinear, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """One row in float64; by int8 with the steps of x that the plain form takes."""
+    if linear.form == "int8":
+        return exact(linear, x, residual)
+    weight = linear.weight.plain() if linear.form == "compact" else dequantise_int4(linear.weight, linear.scale)
+    x = x.double()
+    if linear.norm is not None:
+        x = x * torch.rsqrt(x.square().mean() + EPS) * linear.norm.double()
+    product = weight.double() @ x
+    if linear.swiglu:
+        gate, up = product.chunk(2)
+        product = silu(gate) * up
+    return product if residual is None else residual.double() + product
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_product_with_all_that_surrounds_it(sizes, dtype, form, threads):  # noqa: F811
+    """At most twice as wrong as the plain form in the same type, every number of rows, and x stays as it was."""
+    cases = (0, 0, 0, range(1, 9)), (1, 0, 0, (1, 3)), (1, 1, 0, (1, 2)), (0, 1, 1, (1, 5))
+    for normed, swiglu, added, counts in cases:
+        linear = linear_of(*sizes, dtype, form, bool(normed), bool(swiglu))
+        for rows in counts:
+            x = numbers(rows, sizes[1], dtype=dtype)
+            residual = numbers(rows, linear.outputs, dtype=dtype) if added else None
+            before = x.clone()
+            found, plain = linear(x, residual), linear.plain(x, residual)
+            rest = [None] * rows if residual is None else residual
+            expected = torch.stack([by_hand(linear, row, r) for row, r in zip(x, rest, strict=True)])
+            assert found.dtype == dtype and found.shape == expected.shape and torch.equal(x, before)
+            error, theirs = ((y.double() - expected).norm() for y in (found, plain))
+            # Steps of x and scales are those of the plain form exactly, so what it rounds there is not seen.
+            least = torch.finfo(dtype).eps * expected.norm() * (1 if form == "compact" else 4)
+            assert error <= 2 * theirs + least, (normed, swiglu, added, rows)
+            alone = linear(x[0], None if residual is None else residual[0])
+            assert torch.allclose(alone, found[0], rtol=8 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+def test_a_row_does_not_depend_on_those_beside_it(dtype, form, rows):
+    """Bit for bit, beside others that are not numbers."""
+    linear = linear_of(14, 256, dtype, form, True, True)
+    x = numbers(rows, 256, dtype=dtype)
+    whole = linear(x)
+    for row in range(rows):
+        others = torch.full_like(x, torch.nan)
+        others[row] = x[row]
+        found = linear(others)
+        assert torch.equal(found[row], whole[row])
+        assert found.isnan().all(-1).sum() == rows - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_sums_are_exact(dtype):
+    """The largest that there are, to the limit of 32 bits."""
+    inputs = 1040 * 128
+    weight = torch.full((9, inputs), 127, dtype=torch.int8)
+    weight[3], weight[4, ::2] = -127, -127
+    linear = FewRowsLinear(weight, torch.full((9,), 2.0**-9), None, 0, False, dtype)
+    x = torch.full((2, inputs), 127 / 16, dtype=dtype)
+    x[1, 1::2] = -127 / 16
+    expected = ((x.double() * 16).long() @ weight.long().T).float() * 2.0**-9 * 2.0**-4
+    assert torch.equal(linear(x), expected.to(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+def test_zeros_and_what_is_not_a_number(dtype, form):
+    for normed in (False, True):
+        linear = linear_of(14, 256, dtype, form, normed, True)
+        assert not linear(torch.zeros(3, 256, dtype=dtype)).any()
+        for broken in (torch.nan, torch.inf, -torch.inf):
+            x = numbers(256, dtype=dtype)
+            x[5] = broken
+            found = linear(x).isfinite()
+            assert torch.equal(found, linear.plain(x).isfinite()) or not found.any()
+
+
+def test_weights_that_move_are_followed():
+    linear, x = linear_of(14, 256, torch.float32, "compact", False, False), numbers(2, 256)
+    expected = linear(x)
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        linear.weight.lower.zero_()
+        assert torch.equal(other(x), expected)
+        linear.weight.lower.copy_(other.weight.lower)
+
+
+def test_wrong_kinds_are_refused():
+    bfloat16 = torch.bfloat16
+    linear = linear_of(14, 256, bfloat16, "compact", True, False)
+    x = numbers(3, 256, dtype=bfloat16)
+    for wrong in (x.float(), x[:, :255], numbers(3, 512, dtype=bfloat16)[:, ::2], x.to("meta")):
+        with pytest.raises(ValueError, match=r"row kernels: found .+ expected contiguous torch.bfloat16"):
+            linear(wrong)
+    for rows in (x[:0], numbers(9, 256, dtype=bfloat16), x[None]):
+        with pytest.raises(ValueError, match="expected 1 to 8 rows"):
+            linear(rows)
+    with pytest.raises(ValueError, match=r"expected contiguous torch.bfloat16 \[3, 14\] on cpu"):
+        linear(x, x)
+    compact, (int8, scale) = linear.weight, quantise_int8(numbers(14, 100))
+    for arguments, message in (
+        ((compact, None, None, 0, False, torch.float32), "a compact weight of torch.bfloat16 for torch.float32"),
+        ((int8, scale, None, 0, False, bfloat16), "int8 of 100 inputs, expected a multiple of 128"),
+        ((int8, None, None, 0, False, bfloat16), "int8, scale None"),
+        ((Compact.of(normal(7, 128, dtype=bfloat16)), None, None, 0, True, bfloat16), "swiglu of 7 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FewRowsLinear(*arguments)
+
+
+def test_what_a_type_or_processor_lacks_is_said(monkeypatch):
+    assert missing(torch.float16, "compact") == "there is none for torch.float16"
+    assert missing(torch.float64, "int8") == "there is none for torch.float64"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert missing.__wrapped__(torch.float32, "compact") == "the processor has no AVX-512"
+
+
+@pytest.mark.parametrize("form", ["compact", "int8", "int4"])
+def test_a_wrong_product_is_noticed(form, monkeypatch):
+    call = FewRowsLinear.__call__
+    monkeypatch.setattr(FewRowsLinear, "__call__", lambda self, x, residual=None: call(self, x, residual) * 1.01)
+    assert "its result is wrong by" in missing.__wrapped__(torch.float32, form)
+
+
+# ---- recordings
+
+
+def test_a_recording_is_what_its_calls_were(threads):  # noqa: F811
+    """What lies in tensors may change from run to run, and nothing runs while it is made."""
+    dtype = torch.bfloat16
+    outer, inner = (linear_of(*sizes, dtype, "compact", False, False) for sizes in ((256, 128), (128, 256)))
+    cos = torch.ones(9, 1, 64, dtype=dtype)
+    attention, called = (
+        RowAttention(2, *torch.zeros(2, 1, 2, 1, 9, 64, dtype=dtype), cos, cos, None) for _ in range(2)
+    )
+    x, place = torch.zeros(256, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+
+    def through(attention: RowAttention) -> torch.Tensor:
+        return outer(inner(outer(attention.at(0, x, place), x)), x)
+
+    recording = Recording(lambda: through(attention))
+    assert not attention.keys.any()
+    for position in range(9):
+        x.copy_(numbers(256, dtype=dtype, seed=position))
+        place.copy_(torch.tensor(attention.place(position % 2, position)))
+        assert torch.equal(recording(), through(called))
+        assert torch.equal(attention.keys, called.keys) and torch.equal(attention.values, called.values)
+
+
+def test_a_recording_that_fails_leaves_no_trace():
+    linear, x = linear_of(14, 256, torch.float32, "compact", False, False), numbers(256)
+    expected = linear(x)
+
+    def broken() -> torch.Tensor:
+        linear(x)
+        raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        Recording(broken)
+    assert torch.equal(linear(x), expected)
