@@ -28,6 +28,7 @@ from minivlm.evaluate import heldout
 from minivlm.models import SAMPLE_PICTURE, SAMPLE_QUESTION, SHIPPED
 from minivlm.ops.cpu_groups import without_kernels
 from minivlm.ops.cpu_threads import use_one_thread_if_small
+from minivlm.ops.joined import kept_bits
 from minivlm.pipeline import Pipeline, choose_device
 from minivlm.processor.images import load_image
 from minivlm.processor.prompts import question_to_messages
@@ -312,12 +313,17 @@ def _computed(vlm: Pipeline) -> dict[str, Any]:
     form = {"weights": STORED} if change is None else {"weights": change.form, "logit_change": asdict(change)}
     reason = without_kernels(vlm.model.language_model, weight.dtype)
     slower = {} if reason is None else {"without_kernels": reason}
-    return {"dtype": dtype, "device": str(weight.device), "backend": backend, **slower, **form}
+    bits = kept_bits(vlm.model.language_model)
+    kept = {} if bits is None else {"bits": round(bits, 1)}
+    return {"dtype": dtype, **kept, "device": str(weight.device), "backend": backend, **slower, **form}
 
 
 def _where(vlm: Pipeline) -> str:
     computed = _computed(vlm)
     form = "" if computed["weights"] == STORED else " and {weights}"
+    stored = 8 * vlm.model.language_model.embed_tokens.weight.itemsize
+    if not form and computed.get("bits", stored) < stored:
+        form = " in {bits} bits"
     slower = "" if "without_kernels" not in computed else " without kernels for single rows ({without_kernels})"
     return f"{{dtype}}{form} on {{device}} by {{backend}}{slower}".format(**computed)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minivlm.bench.measure import Contender
 from minivlm.decoder.mistral import MistralConfig, MistralDecoder
-from minivlm.kernels.quantise import GROUP
 from minivlm.ops.backend import choose
+from minivlm.ops.joined import kept_bits
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.quantisation import Sizes, quantise_head, quantise_linears
@@ -44,14 +44,9 @@ class Shape:
         """Keys and values of one row."""
         return 2 * self.layers * self.kv_heads * self.channels * positions * itemsize
 
-    def quantised_bytes(self, form: str) -> float:
-        """Of the matrices in a format, with a 16-bit scale for each group of int4; the head is int8."""
-        head = self.vocabulary * self.width
-        return (self.matrices - head) * {"int8": 1, "int4": 0.5 + 2 / GROUP}[form] + head
-
-    def step_bytes(self, context: int, batch: int, itemsize: int) -> int:
-        """What one step must read: every matrix once, and the keys and values of every row."""
-        return self.matrices * itemsize + batch * self.cache_bytes(context, itemsize)
+    def step_bytes(self, context: int, batch: int, itemsize: int, bits: float | None = None) -> float:
+        """What one step must read: every matrix once, of so many bits a weight, and every row's keys and values."""
+        return self.matrices * (bits or 8 * itemsize) / 8 + batch * self.cache_bytes(context, itemsize)
 
     def prefill_operations(self, positions: int) -> int:
         """Of a prompt of n positions, the head on the last alone: 2 n for each weight, and 2 n^2 for each channel of a
@@ -129,6 +124,12 @@ class Pair:
         quantise_head(ours, sizes)
         ours.backend.prepare(ours)
         return replace(self, ours=ours)
+
+    @property
+    def bits(self) -> float | None:
+        """Of a weight of minivlm's decoder; None if they are as stored."""
+        bits = kept_bits(self.ours)
+        return bits if bits is not None and round(bits, 2) < 8 * self.dtype.itemsize else None
 
     def decode(self, batch: int, context: int, attentions: tuple[str, ...] = ("eager", "sdpa")) -> dict:
         """Contenders that each choose one greedy id a row behind `context` cached positions."""

@@ -99,10 +99,11 @@ def decode(bench: Bench, pair: Pair, name: str, batch: int, context: int) -> Row
     if bench.device.type == "cuda" and batch == 1:
         contenders |= pair.compiled(batch, context)
     times = bench.timed(contenders)
-    floor = bench.floor(pair.shape.step_bytes(context, batch, pair.dtype.itemsize), 0, pair.dtype)
+    floor = bench.floor(pair.shape.step_bytes(context, batch, pair.dtype.itemsize, pair.bits), 0, pair.dtype)
     rows = f"{batch} row{'s' if batch > 1 else ''}"
     seconds = times.pop("minivlm")
-    what = setting(pair, f"{context} keys", rows)
+    bits = [] if pair.bits is None else [f"in {pair.bits:.1f} bits"]
+    what = setting(pair, *bits, f"{context} keys", rows)
     return Row(name, what, seconds, floor, times, tokens=batch, batch=batch, context=context)
 
 
@@ -112,7 +113,7 @@ def quantised(bench: Bench, pair: Pair, form: str, batch: int, context: int) -> 
     contenders = pair.decode(batch, context)
     contenders["as stored"] = contenders.pop("minivlm")
     times = bench.timed({"minivlm": small.decode(batch, context, ())["minivlm"], **contenders})
-    read = pair.shape.quantised_bytes(form) + batch * pair.shape.cache_bytes(context, pair.dtype.itemsize)
+    read = pair.shape.step_bytes(context, batch, pair.dtype.itemsize, small.bits)
     seconds = times.pop("minivlm")
     what = setting(pair, f"{form} weights", f"{context} keys", f"{batch} row{'s' if batch > 1 else ''}")
     return Row(form, what, seconds, bench.floor(read, 0, pair.dtype), times, tokens=batch, batch=batch, context=context)

@@ -38,6 +38,10 @@ class CompactGroup(cpu_groups.Group):
     packed, form = True, "compact"
     compact: Compact
 
+    @property
+    def kept_bytes(self) -> int:
+        return self.compact.nbytes
+
     def whole(self) -> Tensor:
         return self.compact.expanded()
 

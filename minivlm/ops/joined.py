@@ -47,6 +47,11 @@ class Group(nn.Module):
         """The layers' results one by one."""
         return self(x).split(self.sizes, dim=-1)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of its weight, as it is kept."""
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
     def whole(self) -> Tensor:
         """The weight in the usual order, bit for bit what was loaded; not of quantised ones."""
         return self.weight
@@ -134,6 +139,18 @@ def quantised(model: nn.Module) -> bool:
     """Whether any of a model's layers has its weights in 8 or 4 bits."""
     groups = (module for module in model.modules() if isinstance(module, (QuantisedLinear, Group)))
     return any(group.scale is not None for group in groups)
+
+
+def kept_bits(model: nn.Module) -> float | None:
+    """How many bits a weight takes in a model's groups and quantised layers, on average; None if it has neither."""
+    kept = [
+        (group.inputs * sum(group.sizes), group.kept_bytes) for group in model.modules() if isinstance(group, Group)
+    ]
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear):
+            kept.append((layer.in_features * layer.out_features, layer.weight.nbytes + layer.scale.nbytes))
+    numbers, bytes_ = (sum(parts) for parts in zip(*kept, strict=True)) if kept else (0, 0)
+    return 8 * bytes_ / numbers if kept else None
 
 
 def places(shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
