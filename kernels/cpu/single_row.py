@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from types import ModuleType
 
 import torch
@@ -54,7 +55,7 @@ def reason_of(trial: Callable[[], str | None]) -> str | None:
     except ImportError as error:  # other versions of what it needs
         return " ".join(str(error).split())
     # No OpenMP; no place to keep code, or no room; what was kept there is damaged; what cannot be compiled.
-    failures = (ImportError, AttributeError, OSError, RuntimeError, EOFError, NumbaError)
+    failures = (ImportError, AttributeError, OSError, RuntimeError, EOFError, UnpicklingError, NumbaError)
     try:
         return trial()
     except failures as error:
@@ -146,9 +147,10 @@ class RowLinear:
         compiled().linear_kernel(*self._kind)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [K], and what the result is added to [N], or None -> [N]."""
-        require_like(x, (self.inputs,), self.dtype)
-        out = x.new_empty(self.outputs)
+        """x [K] or [1, K], and what the result is added to, or None -> [N] or [1, N]."""
+        rows = (1,) * (x.dim() == 2)
+        require_like(x, (*rows, self.inputs), self.dtype)
+        out = x.new_empty(*rows, self.outputs)
         if residual is not None:
             require_like(residual, out.shape, self.dtype)
         kernel = compiled().linear_kernel(*self._kind)
@@ -184,7 +186,7 @@ def finished(product: Tensor, swiglu: bool, residual: Tensor | None) -> Tensor:
 
 
 class RowAttention:
-    """The attention of a row to its slot of a cache, to which the row's own key and value are added.
+    """The attention of rows, each to its slot of a cache, to which the row's own key and value are added.
 
     Args:
         heads: query heads, H.
@@ -209,7 +211,7 @@ class RowAttention:
 
     def __call__(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:
         """qkv [(H + 2 K) C]: the position's queries and key before rotation, and its value -> [H * C]."""
-        return self.at(layer, qkv, torch.tensor(self.place(slot, position), device="cpu"))
+        return self.at(layer, qkv[None], torch.tensor([self.place(slot, position)], device="cpu"))[0]
 
     def place(self, slot: int, position: int) -> tuple[int, int, int]:
         """A slot, a position and the first that it sees, for `at`; raises ValueError where there is no such place."""
@@ -219,14 +221,15 @@ class RowAttention:
             raise ValueError(f"row kernels: found {found}")
         return slot, position, self._first(position)
 
-    def at(self, layer: int, qkv: Tensor, place: Tensor) -> Tensor:
-        """As `__call__`, of a place, int64 [3], that is read when the kernel runs."""
-        require_like(qkv, (self.shape[0] * self.shape[1],), self.dtype)
-        require_like(place, (3,), torch.int64)
+    def at(self, layer: int, qkv: Tensor, places: Tensor) -> Tensor:
+        """As `__call__`, of rows qkv [B, (H + 2 K) C] of different slots -> [B, H * C]. Their places, int64 [B, 3], are
+        read when the kernel runs."""
+        require_like(qkv, (len(qkv), self.shape[0] * self.shape[1]), self.dtype)
+        require_like(places, (len(qkv), 3), torch.int64)
         require(0 <= layer < len(self.keys), f"layer {layer} of {len(self.keys)}")
-        out = qkv.new_empty(self.heads * self.shape[1])
+        out = qkv.new_empty(len(qkv), self.heads * self.shape[1])
         kernel, cache = compiled().attention_kernel(self.dtype, self.shape[1]), (self.keys[layer], self.values[layer])
-        run(kernel, *self._sizes, place, qkv, self.cos, self.sin, *cache, out)
+        run(kernel, len(qkv), *self._sizes, places, qkv, self.cos, self.sin, *cache, out)
         return out
 
     def plain(self, layer: int, qkv: Tensor, slot: int, position: int) -> Tensor:

@@ -207,15 +207,16 @@ def softmax(scores, most):
     return total
 
 
-def widen(kind, rows, first, count, out):
-    """count rows of a cache [T, C] from the first on, into out [BLOCK, W]; the next are on their way meanwhile. kind is
-    that of `widen_numbers`."""
+def widen(rows, first, count, out):
+    """count rows of a cache [T, C] from the first on, into out [BLOCK, W]; the next are on their way meanwhile."""
     raise NotImplementedError
 
 
-@overload(widen, prefer_literal=True)
-def _widen(kind, rows, first, count, out):
-    def whole(kind, rows, first, count, out):
+@overload(widen)
+def _widen(rows, first, count, out):
+    kind = (types.float32, types.int16, types.uint16).index(rows.dtype)
+
+    def whole(rows, first, count, out):
         channels = rows.shape[1]
         if channels == out.shape[1]:
             at, ahead = np.int64(rows.ctypes.data) + first * rows.strides[0], BLOCK * rows.strides[0]
@@ -228,61 +229,75 @@ def _widen(kind, rows, first, count, out):
     return whole
 
 
+@njit(error_model="numpy")
+def attend(q, keys, values, lo, end, block, weights, out):
+    """out [G, W] = what q [G, W], which is scaled, finds in the keys and values [T, C] from lo to the one before end.
+
+    block [BLOCK, W] and weights [G, end - lo or more] are for what is in between.
+    """
+    visible, row, line = end - lo, block.strides[0], weights.strides[0]
+    q_at, block_at = np.int64(q.ctypes.data), np.int64(block.ctypes.data)
+    weights_at, out_at = np.int64(weights.ctypes.data), np.int64(out.ctypes.data)
+    for at in range(0, visible, BLOCK):
+        widen(keys, lo + at, min(BLOCK, visible - at), block)
+        for g in range(len(q)):
+            for j in range(0, BLOCK, 16):
+                sixteen_dots(q_at + g * row, block_at + j * row, q.shape[1], weights_at + g * line + 4 * (at + j))
+    for g in range(len(q)):
+        weights[g, visible:] = weights[g, 0]  # where the last block was not full
+        total = softmax(weights[g, :visible], largest(weights_at + g * line, weights.shape[1]))
+        for j in range(visible):
+            weights[g, j] /= total
+        weights[g, visible:] = 0
+    out[:] = 0
+    for at in range(0, visible, BLOCK):
+        count = min(BLOCK, visible - at)
+        widen(values, lo + at, count, block)
+        block[count:] = 0  # what was there may be no number, and counts for 0
+        for g in range(len(q)):
+            for j in range(0, BLOCK, 16):
+                add_sixteen(weights_at + g * line + 4 * (at + j), block_at + j * row, q.shape[1], out_at + g * row)
+
+
 @cache
 def attention_kernel(dtype: torch.dtype, channels: int) -> int:
-    """The address of the kernel behind `RowAttention`.
+    """The address of the kernel behind `RowAttention`, of which each thread takes some key heads of some rows.
 
-    Its arguments: key heads, query heads of each, the cache's capacity, and the addresses of slot, position and first
-    visible position; of q, k and v, of cos and sin of all positions, of a layer's keys and values, and of the result.
+    Its arguments: rows, key heads, query heads of each, the cache's capacity, and the addresses of slot, position and
+    first visible position of each row; of q, k and v, of cos and sin of all positions, of a layer's keys and values,
+    and of the result.
     """
-    stored, scale, kind = FLOATS[dtype], np.float32(channels**-0.5), list(FLOATS).index(dtype)
+    stored, scale = FLOATS[dtype], np.float32(channels**-0.5)
 
     def kernel(arguments):
-        kv_heads, group, capacity = arguments[0], arguments[1], arguments[2]
-        place = carray(pointer(arguments[3]), (3,), np.int64)
-        slot, position, lo = place[0], place[1], place[2]
-        heads, visible = kv_heads * group, position + 1 - lo
-        qkv = carray(pointer(arguments[4]), (heads + 2 * kv_heads, channels), stored)
-        cos = carray(pointer(arguments[5]), (capacity, channels), stored)[position]
-        sin = carray(pointer(arguments[6]), (capacity, channels), stored)[position]
-        keys = carray(pointer(arguments[7]), (slot + 1, kv_heads, capacity, channels), stored)[slot]
-        values = carray(pointer(arguments[8]), (slot + 1, kv_heads, capacity, channels), stored)[slot]
-        out = carray(pointer(arguments[9]), (heads, channels), stored)
+        rows, kv_heads, group, capacity = arguments[0], arguments[1], arguments[2], arguments[3]
+        places = carray(pointer(arguments[4]), (rows, 3), np.int64)
+        heads, slots, most = kv_heads * group, 0, 0
+        for i in range(rows):
+            slots, most = max(slots, places[i, 0] + 1), max(most, places[i, 1] + 1 - places[i, 2])
+        qkv = carray(pointer(arguments[5]), (rows, heads + 2 * kv_heads, channels), stored)
+        cos = carray(pointer(arguments[6]), (capacity, channels), stored)
+        sin = carray(pointer(arguments[7]), (capacity, channels), stored)
+        keys = carray(pointer(arguments[8]), (slots, kv_heads, capacity, channels), stored)
+        values = carray(pointer(arguments[9]), (slots, kv_heads, capacity, channels), stored)
+        out = carray(pointer(arguments[10]), (rows, heads, channels), stored)
         width = -(-channels // 16) * 16
-        # The last block may be filled in part. What it held before stays behind the visible keys, and counts for 0.
         q, found, block = lines(group, width), lines(group, width), lines(BLOCK, width)
-        weights = lines(group, (visible // BLOCK + 1) * BLOCK + 16)
-        sums, row = np.empty(group, np.float32), 4 * width
-        q_at, block_at = np.int64(q.ctypes.data), np.int64(block.ctypes.data)
-        weights_at, found_at = np.int64(weights.ctypes.data), np.int64(found.ctypes.data)
-        first, end = share(kv_heads)
-        for head in range(first, end):
-            turn(qkv[heads + head], cos, sin, block[0])
+        weights = lines(group, (most // BLOCK + 1) * BLOCK + 16)
+        first, end = share(rows * kv_heads)
+        for unit in range(first, end):
+            i, head = unit // kv_heads, unit % kv_heads
+            slot, position, lo = places[i, 0], places[i, 1], places[i, 2]
+            turn(qkv[i, heads + head], cos[position], sin[position], block[0])
             for c in range(channels):
-                keys[head, position, c] = narrow(block[0, c], keys)
-                values[head, position, c] = qkv[heads + kv_heads + head, c]
+                keys[slot, head, position, c] = narrow(block[0, c], keys)
+                values[slot, head, position, c] = qkv[i, heads + kv_heads + head, c]
             for g in range(group):
-                turn(qkv[head * group + g], cos, sin, q[g])
+                turn(qkv[i, head * group + g], cos[position], sin[position], q[g])
                 q[g] *= scale
-            for at in range(0, visible, BLOCK):
-                widen(kind, keys[head], lo + at, min(BLOCK, visible - at), block)
-                for g in range(group):
-                    for j in range(0, BLOCK, 16):
-                        to = weights_at + g * weights.strides[0] + 4 * (at + j)
-                        sixteen_dots(q_at + g * row, block_at + j * row, width, to)
-            for g in range(group):
-                weights[g, visible:] = weights[g, 0]
-                sums[g] = softmax(weights[g, :visible], largest(weights_at + g * weights.strides[0], weights.shape[1]))
-            weights[:, visible:] = 0
-            found[:] = 0
-            for at in range(0, visible, BLOCK):
-                widen(kind, values[head], lo + at, min(BLOCK, visible - at), block)
-                for g in range(group):
-                    for j in range(0, BLOCK, 16):
-                        of = weights_at + g * weights.strides[0] + 4 * (at + j)
-                        add_sixteen(of, block_at + j * row, width, found_at + g * row)
+            attend(q, keys[slot, head], values[slot, head], lo, position + 1, block, weights, found)
             for g in range(group):
                 for c in range(channels):
-                    out[head * group + g, c] = narrow(found[g, c] / sums[g], out)
+                    out[i, head * group + g, c] = narrow(found[g, c], out)
 
     return address_of(kernel, f"attention_{dtype}_{channels}")

@@ -60,6 +60,22 @@ class Layer(NamedTuple):
     mlp: Rowwise
 
 
+class ByKernels(NamedTuple):
+    """Layers and attention by this project's kernels, for up to so many rows."""
+
+    layers: list[Layer]
+    attention: RowAttention
+    most_rows: int
+
+
+class Recorded(NamedTuple):
+    """Rows x [B, D] through a decoder's layers; places, int64 [B, 3], says where in the cache they belong."""
+
+    x: Tensor
+    places: Tensor
+    run: Recording
+
+
 class Step:
     """A step of any rows of a cache."""
 
@@ -76,35 +92,44 @@ class Step:
         self.embeddings, self.norm = decoder.embed_tokens.weight.detach(), _norm(decoder.norm)
         self.layers = [_layer(layer) for layer in decoder.layers]
         self.places = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(*self.cache, strict=True)]
-        self.recording = self._recording(decoder)
+        self.by_kernels = self._by_kernels(decoder)
+        self.recordings: dict[int, Recorded] = {}  # by their number of rows
+        if self.by_kernels is not None:
+            self._recorded(1)  # now, since kernels may have to be compiled
 
     def __call__(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The hidden states [B, D] of B rows' tokens, each at a position of a slot."""
         if max(positions) >= self.capacity:
             raise ValueError(f"position {max(positions)} does not fit in a cache of {self.capacity} positions")
-        single = len(ids) == 1
-        if single and self.recording is not None:
-            self.place.copy_(torch.tensor(self.attention.place(slots[0], positions[0]), device="cpu"))
-            self.x.copy_(self.embeddings[ids[0]])
-            return self.norm(self.recording()).view(1, -1)
-        attend = self._attend(slots, positions)
+        if self.by_kernels is not None and len(ids) <= self.by_kernels.most_rows:
+            recorded = self._recorded(len(ids))
+            places = [self.by_kernels.attention.place(*where) for where in zip(slots, positions, strict=True)]
+            recorded.places.copy_(torch.tensor(places, device="cpu"))
+            recorded.x.copy_(self.embeddings[torch.tensor(ids, device="cpu")])
+            return self.norm(recorded.run())
+        single, attend = len(ids) == 1, self._attend(slots, positions)
         x = self.embeddings[ids[0] if single else torch.tensor(ids, device="cpu")]  # [D] or [B, D]
         x = x.contiguous()  # tied ones may lie by columns
         return self.norm(_through(self.layers, attend, x)).view(-1, x.shape[-1])
 
-    def _recording(self, decoder: nn.Module) -> Recording | None:
-        """A single row through the layers by this project's kernels; None where one is missing.
-
-        The row is `x` [D], and `place` says where in the cache it belongs.
-        """
+    def _by_kernels(self, decoder: nn.Module) -> ByKernels | None:
+        """The layers by this project's kernels; None where one is missing."""
         dtype, config = self.embeddings.dtype, decoder.config
-        layers = [_row_layer(layer, dtype) for layer in decoder.layers]
+        layers = [_kernel_layer(layer, dtype) for layer in decoder.layers]
         if None in layers or missing_attention(dtype, config.head_dim) is not None:
             return None
-        self.attention = RowAttention(self.heads[0], *self.cache, self.cos, self.sin, config.sliding_window)
-        self.place = torch.zeros(3, dtype=torch.int64, device="cpu")
-        self.x = self.embeddings.new_empty(config.hidden_size)
-        return Recording(lambda: _through(layers, partial(self.attention.at, place=self.place), self.x))
+        attention = RowAttention(self.heads[0], *self.cache, self.cos, self.sin, config.sliding_window)
+        return ByKernels(layers, attention, layers[0].qkv.most_rows)
+
+    def _recorded(self, rows: int) -> Recorded:
+        """So many rows through the layers by kernels, noted when there are first so many."""
+        if rows not in self.recordings:
+            layers, attention, _ = self.by_kernels
+            x = self.embeddings.new_empty(rows, self.embeddings.shape[1])
+            places = torch.zeros(rows, 3, dtype=torch.int64, device="cpu")
+            run = Recording(lambda: _through(layers, partial(attention.at, places=places), x))
+            self.recordings[rows] = Recorded(x, places, run)
+        return self.recordings[rows]
 
     def _attend(self, slots: Sequence[int], positions: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """A function (number of a layer, q, k and v [.., (H + 2 K) C]) -> [.., H C]: turn, store, attend."""
@@ -146,8 +171,8 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _row_layer(layer: nn.Module, dtype: torch.dtype) -> Layer | None:
-    """For a single row, by this project's kernels; None where one is missing."""
+def _kernel_layer(layer: nn.Module, dtype: torch.dtype) -> Layer | None:
+    """By this project's kernels; None where one is missing."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = attention.q_proj.group.row_linear(dtype, layer.input_layernorm)
     output = attention.o_proj.group.row_linear(dtype)

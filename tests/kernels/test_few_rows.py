@@ -170,7 +170,7 @@ def test_a_recording_is_what_its_calls_were(threads):  # noqa: F811
     attention, called = (
         RowAttention(2, *torch.zeros(2, 1, 2, 1, 9, 64, dtype=dtype), cos, cos, None) for _ in range(2)
     )
-    x, place = torch.zeros(256, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+    x, place = torch.zeros(1, 256, dtype=dtype), torch.zeros(1, 3, dtype=torch.int64)
 
     def through(attention: RowAttention) -> torch.Tensor:
         return outer(inner(outer(attention.at(0, x, place), x)), x)
@@ -178,8 +178,8 @@ def test_a_recording_is_what_its_calls_were(threads):  # noqa: F811
     recording = Recording(lambda: through(attention))
     assert not attention.keys.any()
     for position in range(9):
-        x.copy_(numbers(256, dtype=dtype, seed=position))
-        place.copy_(torch.tensor(attention.place(position % 2, position)))
+        x.copy_(numbers(1, 256, dtype=dtype, seed=position))
+        place.copy_(torch.tensor([attention.place(position % 2, position)]))
         assert torch.equal(recording(), through(called))
         assert torch.equal(attention.keys, called.keys) and torch.equal(attention.values, called.values)
 

@@ -153,7 +153,7 @@ def test_kernels_are_what_computes_a_single_row(tiny_of, form):  # noqa: F811
     group = decoder.layers[0].self_attn.q_proj.group
     kind = type(group.row_linear(torch.bfloat16))
     assert kind is {"by kernels": RowLinear, "compact": FewRowsLinear}.get(form, type(None))
-    assert (step.recording is not None) is (form in ("by kernels", "compact"))
+    assert (step.by_kernels is not None) is (form in ("by kernels", "compact"))
 
 
 def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
@@ -163,7 +163,7 @@ def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
     with torch.inference_mode():
         whole = decoder(decoder.embed_tokens(torch.tensor(ids)), Rows.causal([LENGTH]), None)[3:]
         found = steps(decoder, ids, 1, LENGTH)
-        by_kernels = Step(decoder, decoder.new_cache(1, 4)).recording is not None
+        by_kernels = Step(decoder, decoder.new_cache(1, 4)).by_kernels is not None
     assert by_kernels is (form == "by kernels")
     assert (found - whole).norm() <= 0.005 * whole.norm()
 
