@@ -7,15 +7,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray, njit
 from torch import Tensor
 
-from minivlm.kernels.cpu.compact import BLOCK, Compact, ordered
+from minivlm.kernels.cpu.compact import BLOCK, Compact
 from minivlm.kernels.cpu.compiling import FLOATS, address_of, float_of_bits, narrow, pointer, share
 from minivlm.kernels.cpu.openmp import run, thread_count, thread_number
-from minivlm.kernels.cpu.weight_rows import COMPACT, WHOLE, widen_row
-
-HALF = BLOCK // 2
+from minivlm.kernels.cpu.weight_rows import COMPACT, WHOLE, order_row, widen_row
 
 
 @cache
@@ -45,52 +43,61 @@ def _expand_kernel(dtype: torch.dtype, whole: bool) -> int:
     return address_of(kernel, f"compact_expand_{dtype}_{whole}")
 
 
+@njit
+def keep_whole(at, bits, lower, places, columns, values, kept):
+    """Note a number of a row, by its bits as float32, that is kept whole, if there is room; it is 0 where it was."""
+    lower[at] = places[at] = 0
+    if kept < len(columns):
+        columns[kept] = at
+        values[kept] = float_of_bits(bits)
+
+
 @cache
 def _pack_kernel(dtype: torch.dtype) -> int:
     """The address of the kernel behind `pack`, whose arguments are: rows, inputs, how many weights each thread may keep
-    whole, the addresses of the weight, of the place of each upper byte (16 where it has none), of which number each of
-    64 bytes belongs to, of the results: lower bytes, places, rest or 0, how many weights of a row are whole, each
-    thread's columns and values of those, and its two answers: how many these are, whether any rest is not 0."""
-    word = np.uint32 if dtype == torch.float32 else np.uint16
-    below = 16 if dtype == torch.float32 else 0
+    whole, the addresses of the weight, of the place of each upper byte (16 where it has none), of the results: lower
+    bytes, places, rest or 0, how many weights of a row are whole, each thread's columns and values of those, and its
+    two answers: how many these are, whether any rest is not 0."""
+    word, below = (np.uint32, 16) if dtype == torch.float32 else (np.uint16, 0)
 
     def kernel(arguments):
         rows, inputs, most = arguments[0], arguments[1], arguments[2]
         padded = -(-inputs // BLOCK) * BLOCK
         weight = carray(pointer(arguments[3]), (rows, inputs), word)
         place_of = carray(pointer(arguments[4]), (256,), np.uint8)
-        order = carray(pointer(arguments[5]), (HALF,), np.int64)
-        lower = carray(pointer(arguments[6]), (rows, padded), np.uint8)
-        places = carray(pointer(arguments[7]), (rows, padded // BLOCK, HALF), np.uint8)
-        rest = carray(pointer(arguments[8]), (rows, padded if below else 0), np.uint16)
-        counts = carray(pointer(arguments[9]), (rows,), np.int32)
-        columns = carray(pointer(arguments[10]), (thread_count(), most), np.int32)[thread_number()]
-        values = carray(pointer(arguments[11]), (thread_count(), most), np.float32)[thread_number()]
-        answer = carray(pointer(arguments[12]), (thread_count(), 2), np.int64)[thread_number()]
+        ordered_lower = carray(pointer(arguments[5]), (rows, padded), np.uint8)
+        ordered_places = carray(pointer(arguments[6]), (rows, padded // 2), np.uint8)
+        rest = carray(pointer(arguments[7]), (rows, padded if below else 0), np.uint16)
+        counts = carray(pointer(arguments[8]), (rows,), np.int32)
+        columns = carray(pointer(arguments[9]), (thread_count(), most), np.int32)[thread_number()]
+        values = carray(pointer(arguments[10]), (thread_count(), most), np.float32)[thread_number()]
+        answer = carray(pointer(arguments[11]), (thread_count(), 2), np.int64)[thread_number()]
+        lower, places = np.zeros(padded, np.uint8), np.zeros(padded, np.uint8)
         first, end = share(rows)
-        kept, seen = 0, np.uint32(0)
+        kept, seen = 0, np.uint16(0)
         for i in range(first, end):
-            before = kept
-            for j in range(0, padded, BLOCK):
-                for p in range(BLOCK):
-                    at = j + (p & HALF) + order[p % HALF]
-                    bits = np.uint32(weight[i, at]) if at < inputs else np.uint32(0)
-                    half = bits >> np.uint32(below)
-                    place = place_of[half >> np.uint32(8)]
-                    lower[i, j + p] = half & np.uint32(255) if place < 16 else 0
-                    if p < HALF:
-                        places[i, j // BLOCK, p] = place & 15
-                    else:
-                        places[i, j // BLOCK, p - HALF] |= (place & 15) << 4
+            before, rare = kept, np.uint8(0)
+            for j in range(inputs):
+                lower[j] = np.uint8(weight[i, j] >> below)
+                places[j] = place_of[weight[i, j] >> (below + 8)]
+            for j in range(inputs):
+                rare = np.uint8(rare | places[j])
+            for j in range(inputs if below else 0):
+                rest[i, j] = np.uint16(weight[i, j])
+            for j in range(inputs if rare > 15 else 0):
+                if places[j] > 15:
+                    bits = np.uint32(np.uint32(weight[i, j]) << np.uint32(16 - below))
+                    keep_whole(j, bits, lower, places, columns, values, kept)
+                    kept += 1
                     if below:
-                        rest[i, at] = bits & np.uint32(0xFFFF) if place < 16 else 0
-                        seen |= rest[i, at]
-                    if place == 16:
-                        if kept < most:
-                            columns[kept] = at
-                            values[kept] = float_of_bits(np.uint32(bits << np.uint32(16 - below)))
-                        kept += 1
+                        rest[i, j] = 0
+            for j in range(inputs if below else 0):
+                seen = np.uint16(seen | rest[i, j])
+            rest[i, inputs:] = 0
             counts[i] = kept - before
+            of = np.int64(lower.ctypes.data), np.int64(places.ctypes.data)
+            to = np.int64(ordered_lower[i].ctypes.data), np.int64(ordered_places[i].ctypes.data)
+            order_row(of[0], of[1], padded, to[0], to[1])
         answer[0], answer[1] = kept, seen != 0
 
     return address_of(kernel, f"compact_pack_{dtype}")
@@ -103,13 +110,13 @@ def pack(weight: Tensor, table: Tensor, most: int) -> tuple | None:
     """(lower, places, rest, starts, columns, values) of a weight by a table; None if more than `most` are whole."""
     place_of = torch.full((256,), 16, dtype=torch.uint8, device="cpu")
     place_of[table.long()] = torch.arange(16, dtype=torch.uint8, device="cpu")
-    (rows, inputs), threads, order = weight.shape, torch.get_num_threads(), ordered()
+    (rows, inputs), threads = weight.shape, torch.get_num_threads()
     empty, padded = weight.new_empty, -(-inputs // BLOCK) * BLOCK
     lower, places = empty(rows, padded, dtype=torch.uint8), empty(rows, padded // 2, dtype=torch.uint8)
     rest = empty(rows, padded, dtype=torch.int16) if weight.dtype == torch.float32 else None
     counts, answers = empty(rows, dtype=torch.int32), torch.zeros(threads, 2, dtype=torch.int64, device="cpu")
     columns, values = empty(threads, most, dtype=torch.int32), empty(threads, most, dtype=torch.float32)
-    made = (weight, place_of, order, lower, places, rest, counts, columns, values, answers)
+    made = (weight, place_of, lower, places, rest, counts, columns, values, answers)
     run(_pack_kernel(weight.dtype), rows, inputs, most, *made)
     kept, rests = answers.T.tolist()
     if sum(kept) > most:

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from minivlm.kernels.cpu.compact import BLOCK
+from minivlm.kernels.cpu.compact import BLOCK, ordered
 from minivlm.kernels.cpu.compiling import LINE
 from minivlm.kernels.cpu.llvm_vectors import (
     ADDED,
@@ -228,3 +228,34 @@ def widen_row(context, form, wide, a, b, c, d, inputs, row, out):
         return context.get_dummy_value()
 
     return types.void(form, wide, *[types.int64] * 7), generate
+
+
+@intrinsic
+def order_row(context, lower, places, inputs, ordered_lower, ordered_places):
+    """A compact row's lower bytes and places, one byte each, from the order of its numbers to that of its blocks, in
+    which two places share a byte; so many of them, a multiple of BLOCK."""
+
+    def generate(context, builder, signature, arguments):
+        lower, places, inputs, ordered_lower, ordered_places = arguments
+        order = _places(ordered().tolist())
+
+        def step(_, at):
+            halves = []
+            for part in range(2):
+                offset = builder.add(at, ir.Constant(I64, part * HALF))
+                for source in (lower, places):
+                    vector = load(builder, source, offset, BYTES)
+                    vector = builder.shuffle_vector(vector, vector, order)
+                    if source is lower:
+                        builder.store(vector, at_address(builder, ordered_lower, offset, BYTES), align=1)
+                    else:
+                        halves.append(builder.bitcast(vector, PAIRS))
+            both = builder.bitcast(builder.or_(halves[0], builder.shl(halves[1], all_of(PAIRS, 4))), BYTES)
+            offset = builder.lshr(at, ir.Constant(I64, 1))
+            builder.store(both, at_address(builder, ordered_places, offset, BYTES), align=1)
+            return []
+
+        loop(builder, inputs, [], step, BLOCK)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
