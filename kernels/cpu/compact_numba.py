@@ -13,18 +13,19 @@ from torch import Tensor
 from minivlm.kernels.cpu.compact import BLOCK, Compact
 from minivlm.kernels.cpu.compiling import FLOATS, address_of, float_of_bits, narrow, pointer, share
 from minivlm.kernels.cpu.openmp import run, thread_count, thread_number
-from minivlm.kernels.cpu.weight_rows import COMPACT, WHOLE, order_row, widen_row
+from minivlm.kernels.cpu.weight_rows import COMPACT, INT4, WHOLE, order_row, widen_row
 
 
 @cache
-def _expand_kernel(dtype: torch.dtype, whole: bool) -> int:
+def _expand_kernel(dtype: torch.dtype, form: int) -> int:
     """The address of the kernel behind `expand`, whose arguments are: rows, the first, inputs, how many weights are
-    kept whole, the addresses of lower bytes, places, rest, table, starts, columns, values and the result."""
-    stored, form, wide = FLOATS[dtype], WHOLE if whole else COMPACT, int(dtype == torch.float32)
+    kept whole, the addresses of the weight's parts, see `dots`, of a compact one's starts, columns and values, and of
+    the result."""
+    stored, kind, compact = FLOATS[dtype], list(FLOATS).index(dtype), form in (COMPACT, WHOLE)
 
     def kernel(arguments):
         rows, first, inputs, kept = arguments[0], arguments[1], arguments[2], arguments[3]
-        starts = carray(pointer(arguments[8]), (first + rows + 1,), np.int32)
+        starts = carray(pointer(arguments[8]), (first + rows + 1 if compact else 0,), np.int32)
         columns = carray(pointer(arguments[9]), (kept,), np.int32)
         values = carray(pointer(arguments[10]), (kept,), np.float32)
         out = carray(pointer(arguments[11]), (rows, inputs), stored)
@@ -34,13 +35,13 @@ def _expand_kernel(dtype: torch.dtype, whole: bool) -> int:
         begin, end = share(rows)
         for i in range(begin, end):
             place = out[i].ctypes.data if inputs == padded else row.ctypes.data
-            widen_row(form, wide, a, b, c, d, padded, first + i, np.int64(place))
+            widen_row(form, kind, a, b, c, d, padded, first + i, np.int64(place))
             if inputs < padded:
                 out[i] = row[:inputs]
-            for at in range(starts[first + i], starts[first + i + 1]):
+            for at in range(starts[first + i] if compact else 0, starts[first + i + 1] if compact else 0):
                 out[i, columns[at]] = narrow(values[at], out)
 
-    return address_of(kernel, f"compact_expand_{dtype}_{whole}")
+    return address_of(kernel, f"compact_expand_{dtype}_{form}")
 
 
 @njit
@@ -128,10 +129,18 @@ def pack(weight: Tensor, table: Tensor, most: int) -> tuple | None:
 
 def expand(weight: Compact, first: int, end: int) -> Tensor:
     """Rows of a weight as they were."""
-    inputs = weight.shape[1]
-    out = torch.empty(end - first, inputs, dtype=weight.dtype, device="cpu")
-    kernel = _expand_kernel(weight.dtype, weight.rest is not None)
-    run(kernel, end - first, first, inputs, len(weight.values), *parts(weight), out)
+    form = COMPACT if weight.rest is None else WHOLE
+    return _expanded(form, weight.dtype, weight.inputs, first, end, len(weight.values), *parts(weight))
+
+
+def expand_int4(weight: Tensor, scale: Tensor, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows of an int4 weight, uint8 [N, K / 2] with scale float32 [N, K / 128], rounded to a type, [end - first, K]."""
+    return _expanded(INT4, dtype, 2 * weight.shape[1], first, end, 0, weight, scale, *[None] * 5)
+
+
+def _expanded(form: int, dtype: torch.dtype, inputs: int, first: int, end: int, kept: int, *read) -> Tensor:
+    out = torch.empty(end - first, inputs, dtype=dtype, device="cpu")
+    run(_expand_kernel(dtype, form), end - first, first, inputs, kept, *read, out)
     return out
 
 

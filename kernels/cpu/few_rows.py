@@ -140,3 +140,13 @@ class FewRowsLinear:
             sums = linear((x.float() / step).round().double(), self.weight.double())  # of integers, exact
             product = (sums.float() * self.scale * step).to(x.dtype)
         return finished(product, self.swiglu, residual)
+
+
+def widened_int4(weight: Tensor, scale: Tensor, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows of an int4 weight as numbers of a type, [end - first, K]: `dequantise_int4`, rounded."""
+    require_like(weight, weight.shape, torch.uint8)
+    require_like(scale, (len(weight), 2 * weight.shape[1] // BLOCK), torch.float32)
+    require(0 <= first <= end <= len(weight) and dtype in single_row.DTYPES, f"rows {first} to {end} of {dtype}")
+    from minivlm.kernels.cpu import compact_numba
+
+    return compact_numba.expand_int4(weight, scale, first, end, dtype)

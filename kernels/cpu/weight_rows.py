@@ -34,6 +34,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
 )
 
 COMPACT, WHOLE, INT8, INT4 = range(4)
+FLOAT32, FLOAT16, BFLOAT16 = range(3)  # as in FLOATS of compiling.py
 # How many rows of the weight go side by side for so many rows of x: distant ones come sooner than one alone, and the
 # processor has registers for 16 sums.
 SIDE_BY_SIDE = {1: 4, 2: 4, 4: 4, 8: 2}
@@ -84,8 +85,12 @@ class Weight:
                 prefetch(self.builder, address, self.builder.add(self._bytes(at, halves), offset))
 
     def numbers(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
-        """The block of a compact row from number `at` on, as the bits of eight vectors of float32."""
+        """The block of a row from number `at` on, as the bits of eight vectors of float32; not of int8."""
         builder, vectors = self.builder, []
+        if self.form == INT4:
+            steps, order = self._steps(row, at)
+            values = [builder.fmul(step, self._scale(row, at)) for step in steps]
+            return [builder.bitcast(values[order.index(place)], NUMBERS) for place in range(len(order))]
         look_up = ir.FunctionType(BYTES, [BYTES] * 2)
         look_up = builder.module.declare_intrinsic("llvm.x86.avx512.pshuf.b.512", (), look_up)
         both = load(builder, row[1], self._bytes(at, 1), BYTES)
@@ -118,10 +123,14 @@ class Weight:
                 found[k] = self._plus(found[k], weight, x)
         if self.scales is None:
             return found
+        scale = self._scale(row, at)
+        return [self._plus(total, scale, group) for total, group in zip(sums, found, strict=True)]
+
+    def _scale(self, row: list[ir.Value], at: ir.Value) -> ir.Value:
+        """That of an int4 block, in every place of a vector."""
         scale = load(self.builder, row[1], times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4), F32)
         scale = self.builder.insert_element(all_of(VECTOR, 0.0), scale, ir.Constant(I32, 0))
-        scale = self.builder.shuffle_vector(scale, scale, all_of(NUMBERS, 0))
-        return [self._plus(total, scale, group) for total, group in zip(sums, found, strict=True)]
+        return self.builder.shuffle_vector(scale, scale, all_of(NUMBERS, 0))
 
     def _steps(self, row: list[ir.Value], at: ir.Value) -> tuple[list[ir.Value], list[int]]:
         """The block of an int4 row in float32 without its scale, and which eighth of the block each vector is."""
@@ -206,28 +215,38 @@ def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, 
 
 
 @intrinsic(prefer_literal=True)
-def widen_row(context, form, wide, a, b, c, d, inputs, row, out):
-    """A row of a compact weight as it was, to an address: of float32 if wide, else of bfloat16. The form and wide are
-    constants; the others are as those of `dots`."""
+def widen_row(context, form, kind, a, b, c, d, inputs, row, out):
+    """A row of a weight, not of int8, rounded to a type, to an address. The form and the kind of the type, which are
+    the place in FLOATS, are constants; the others are as those of `dots`."""
 
     def generate(context, builder, signature, arguments):
         *addresses, inputs, row, out = arguments[2:]
         weight = Weight(builder, form.literal_value, addresses, inputs)
-        row = weight.row(row)
+        row, size = weight.row(row), 2 if kind.literal_value else 4
 
         def step(_, at):
             for j, bits in enumerate(weight.numbers(row, at)):
-                number = builder.add(at, ir.Constant(I64, j * LANES))
-                if not wide.literal_value:
-                    bits = builder.trunc(builder.lshr(bits, all_of(NUMBERS, 16)), HALVES)
-                offset = times(builder, number, 4 if wide.literal_value else 2)
+                if kind.literal_value == BFLOAT16:
+                    bits = _upper_half(builder, bits, form.literal_value == INT4)
+                elif kind.literal_value == FLOAT16:
+                    bits = builder.fptrunc(builder.bitcast(bits, VECTOR), ir.VectorType(ir.HalfType(), LANES))
+                offset = times(builder, builder.add(at, ir.Constant(I64, j * LANES)), size)
                 builder.store(bits, at_address(builder, out, offset, bits.type), align=1)
             return []
 
         loop(builder, inputs, [], step, BLOCK)
         return context.get_dummy_value()
 
-    return types.void(form, wide, *[types.int64] * 7), generate
+    return types.void(form, kind, *[types.int64] * 7), generate
+
+
+def _upper_half(builder: ir.IRBuilder, bits: ir.Value, rounds: bool) -> ir.Value:
+    """The bfloat16 of float32 that are finite; exact ones need no rounding."""
+    half = builder.lshr(bits, all_of(NUMBERS, 16))
+    if rounds:
+        even = builder.and_(half, all_of(NUMBERS, 1))
+        half = builder.lshr(builder.add(builder.add(bits, all_of(NUMBERS, 0x7FFF)), even), all_of(NUMBERS, 16))
+    return builder.trunc(half, HALVES)
 
 
 @intrinsic

@@ -32,7 +32,39 @@ def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
     return group if group.compact is not None and group.compact.nbytes <= WORTH * weight.nbytes else None
 
 
-class CompactGroup(cpu_groups.Group):
+class WidenedGroup(cpu_groups.Group):
+    """Layers whose weight is widened, a piece at a time, for the products of many rows."""
+
+    def rows_of(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight in a type, [end - first, K]."""
+        raise NotImplementedError
+
+    def several(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.inputs)
+        return self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)].view(*x.shape[:-1], -1)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The layers' results one by one, of many rows each whole in memory."""
+        if x.numel() <= MANY * self.inputs:
+            return super().parts(x)
+        refuse_gradients(x)
+        more, ends = shaped(x), torch.tensor([0, *self.sizes], device="cpu").cumsum(0).tolist()
+        return tuple(self._product(more, *ends[i : i + 2])[: len(x)] for i in range(len(self.sizes)))
+
+    def _product(self, x: Tensor, first: int, end: int) -> Tensor:
+        """x [S, K] by rows of the weight -> [S, end - first]."""
+        out, step = x.new_empty(len(x), end - first), max(1, PIECE // self.inputs)
+        for at in range(first, end, step):
+            weight = self.rows_of(at, min(at + step, end), x.dtype)
+            place = out[:, at - first : at - first + len(weight)]
+            if len(x) > MANY:
+                torch.mm(x, weight.t(), out=place)
+            else:
+                place.copy_(product(x, weight, None))
+        return out
+
+
+class CompactGroup(WidenedGroup):
     """compact: the weight [N_1 + N_2 + .., K]."""
 
     packed, form = True, "compact"
@@ -49,26 +81,5 @@ class CompactGroup(cpu_groups.Group):
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
         return FewRowsLinear(self.compact, None, *around, swiglu, dtype)
 
-    def several(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.inputs)
-        return self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)].view(*x.shape[:-1], -1)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The layers' results one by one, of many rows each whole in memory."""
-        if x.numel() <= MANY * self.inputs:
-            return super().parts(x)
-        refuse_gradients(x)
-        more, ends = shaped(x), torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        return tuple(self._product(more, *ends[i : i + 2])[: len(x)] for i in range(len(self.sizes)))
-
-    def _product(self, x: Tensor, first: int, end: int) -> Tensor:
-        """x [S, K] by rows of the weight -> [S, end - first]."""
-        out, step = x.new_empty(len(x), end - first), max(1, PIECE // self.inputs)
-        for at in range(first, end, step):
-            weight = self.compact.expanded(at, min(at + step, end))
-            place = out[:, at - first : at - first + len(weight)]
-            if len(x) > MANY:
-                torch.mm(x, weight.t(), out=place)
-            else:
-                place.copy_(product(x, weight, None))
-        return out
+    def rows_of(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        return self.compact.expanded(first, end).to(dtype)

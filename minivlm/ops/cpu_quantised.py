@@ -23,6 +23,7 @@ from minivlm.kernels.cpu.few_rows import INT4, INT8
 from minivlm.kernels.cpu.single_row import LEAST_STEP
 from minivlm.kernels.quantise import GROUP, HALF, quantise_int4, quantise_int8
 from minivlm.ops import cpu_groups
+from minivlm.ops.cpu_compact import WidenedGroup
 from minivlm.ops.cpu_shapes import of_rounded
 from minivlm.ops.quantised import QuantisedLinear, widened
 
@@ -80,7 +81,7 @@ class Int8Group(cpu_groups.Group):
         return (sums * self.scale).mul_(step[:, None]).to(x.dtype)
 
 
-class Int4Group(cpu_groups.Group):
+class Int4Group(WidenedGroup):
     """weight: uint8 [N, K / 2] as in kernels/quantise.py; scale: float32 [N, K / 128]."""
 
     form = INT4
@@ -89,11 +90,8 @@ class Int4Group(cpu_groups.Group):
         super().__init__(layers)
         self.scale = self.scale.float()
 
-    def several(self, x: Tensor) -> Tensor:
-        out = of_rounded(
-            lambda rows: linear(rows, widened(self.weight, self.scale, rows.dtype)), x.reshape(-1, self.inputs)
-        )
-        return out.view(*x.shape[:-1], -1)
+    def rows_of(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        return few_rows.widened_int4(self.weight, self.scale, first, end, dtype)
 
 
 class PackedInt4Group(cpu_groups.Group):

@@ -10,7 +10,7 @@ from test_single_row import EPS, exact, numbers
 from torch.nn.functional import silu
 
 from minivlm.kernels.cpu.compact import Compact
-from minivlm.kernels.cpu.few_rows import FewRowsLinear, missing
+from minivlm.kernels.cpu.few_rows import FewRowsLinear, missing, widened_int4
 from minivlm.kernels.cpu.recording import Recording
 from minivlm.kernels.cpu.single_row import DTYPES, RowAttention
 from minivlm.kernels.quantise import dequantise_int4, quantise_int4, quantise_int8
@@ -86,6 +86,17 @@ def test_a_row_does_not_depend_on_those_beside_it(dtype, form, rows):
         found = linear(others)
         assert torch.equal(found[row], whole[row])
         assert found.isnan().all(-1).sum() == rows - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_weights_are_widened_as_the_plain_form_does(dtype, threads):  # noqa: F811
+    weight, scale = quantise_int4(numbers(70, 384, dtype=dtype) * torch.logspace(-30, 4, 70)[:, None].to(dtype))
+    scale = scale.float()
+    expected = dequantise_int4(weight, scale).to(dtype)
+    for first, end in ((0, 70), (3, 4), (60, 60)):
+        assert torch.equal(widened_int4(weight, scale, first, end, dtype), expected[first:end])
+    with pytest.raises(ValueError, match="rows 3 to 71"):
+        widened_int4(weight, scale, 3, 71, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
