@@ -3,9 +3,10 @@
 A step of a small model takes the time of its calls, of the shipped checkpoint 300 operators and 400 Python functions
 through the blocks. Here are the same equations over the same weights of the same blocks, but what is the same in every
 step is looked up once: which product, the rows' parts of the cache, the angles. No module is called, so no forward hook
-either.
+either. And where this project's kernels do all that is between the embeddings and the last norm, their calls are
+recorded, for each number of rows once.
 
-One row is a vector [D], several are [B, D].
+Elsewhere one row is a vector [D], several are [B, D].
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ class Layer(NamedTuple):
 class ByKernels(NamedTuple):
     """Layers and attention by this project's kernels, for up to so many rows."""
 
-    layers: list[Layer]
+    layers: Sequence[Layer]
     attention: RowAttention
     most_rows: int
 
@@ -115,11 +116,12 @@ class Step:
     def _by_kernels(self, decoder: nn.Module) -> ByKernels | None:
         """The layers by this project's kernels; None where one is missing."""
         dtype, config = self.embeddings.dtype, decoder.config
-        layers = [_kernel_layer(layer, dtype) for layer in decoder.layers]
-        if None in layers or missing_attention(dtype, config.head_dim) is not None:
+        found = [_kernel_layer(layer, dtype) for layer in decoder.layers]
+        if None in found or missing_attention(dtype, config.head_dim) is not None:
             return None
+        layers, most_rows = zip(*found, strict=True)
         attention = RowAttention(self.heads[0], *self.cache, self.cos, self.sin, config.sliding_window)
-        return ByKernels(layers, attention, layers[0].qkv.most_rows)
+        return ByKernels(layers, attention, min(most_rows))
 
     def _recorded(self, rows: int) -> Recorded:
         """So many rows through the layers by kernels, noted when there are first so many."""
@@ -160,7 +162,7 @@ def _through(layers: Sequence[Layer], attend: Callable[[int, Tensor], Tensor], x
 
 
 def _layer(layer: nn.Module) -> Layer:
-    """By the libraries, or what its groups have for several rows."""
+    """By the libraries, or product by product by what kernels there are."""
     attention = layer.self_attn
     norm, qkv, project = _norm(layer.input_layernorm), _rowwise(attention.q_proj), _rowwise(attention.o_proj)
     mlp_norm, mlp = _norm(layer.post_attention_layernorm), _mlp(layer.mlp)
@@ -171,14 +173,17 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _kernel_layer(layer: nn.Module, dtype: torch.dtype) -> Layer | None:
-    """By this project's kernels; None where one is missing."""
+def _kernel_layer(layer: nn.Module, dtype: torch.dtype) -> tuple[Layer, int] | None:
+    """By this project's kernels, and how many rows they all take; None where one is missing."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = attention.q_proj.group.row_linear(dtype, layer.input_layernorm)
     output = attention.o_proj.group.row_linear(dtype)
     inner = mlp.gate_proj.group.row_linear(dtype, layer.post_attention_layernorm, swiglu=True)
     down = mlp.down_proj.group.row_linear(dtype)
-    return None if None in (qkv, output, inner, down) else Layer(qkv, output, lambda x: down(inner(x), x))
+    kernels = qkv, output, inner, down
+    if None in kernels:
+        return None
+    return Layer(qkv, output, lambda x: down(inner(x), x)), min(kernel.most_rows for kernel in kernels)
 
 
 def _rowwise(layer: GroupedLinear) -> Rowwise:

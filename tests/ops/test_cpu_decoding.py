@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import minivlm
 from minivlm.decoder.mistral import MistralDecoder
+from minivlm.kernels.cpu import single_row
+from minivlm.kernels.cpu.compact import Compact
 from minivlm.kernels.cpu.few_rows import FewRowsLinear
 from minivlm.kernels.cpu.single_row import RowLinear
 from minivlm.ops import cpu_attention
@@ -20,6 +22,7 @@ from minivlm.ops.rows import Rows
 from minivlm.sampler import Sampling
 
 LENGTH = 12
+ALWAYS = single_row.missing_linear  # as it is before a test's form has it say that there are no kernels
 
 
 def decoder_of(folder, dtype) -> MistralDecoder:
@@ -154,6 +157,25 @@ def test_kernels_are_what_computes_a_single_row(tiny_of, form):  # noqa: F811
     kind = type(group.row_linear(torch.bfloat16))
     assert kind is {"by kernels": RowLinear, "compact": FewRowsLinear}.get(form, type(None))
     assert (step.by_kernels is not None) is (form in ("by kernels", "compact"))
+
+
+def test_a_weight_that_is_not_compact_among_others(tiny_of, form, monkeypatch):  # noqa: F811
+    """Its kernel takes one row, so steps of one row are recorded, and those of several are not."""
+    if form != "compact":
+        return
+    monkeypatch.setattr(single_row, "missing_linear", ALWAYS)
+    compact_of = Compact.of
+    monkeypatch.setattr(Compact, "of", lambda weight: None if weight.shape[1] > weight.shape[0] else compact_of(weight))
+    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
+    kinds = {type(layer.mlp.down_proj.group.row_linear(torch.float32)) for layer in decoder.layers}
+    assert kinds == {RowLinear} and Step(decoder, decoder.new_cache(1, 4)).by_kernels.most_rows == 1
+    ids = list(range(5, 5 + LENGTH))
+    with torch.inference_mode():
+        whole = decoder(decoder.embed_tokens(torch.tensor(ids)), Rows.causal([LENGTH]), None)[3:]
+        torch.testing.assert_close(steps(decoder, ids, 1, LENGTH), whole, rtol=1e-5, atol=1e-5)
+        (cache, ids), rows = prefilled(decoder), range(3)
+        alone = torch.cat([last_ids(decoder, cache, ids, [row]) for row in rows])
+        torch.testing.assert_close(last_ids(decoder, cache, ids, rows), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
