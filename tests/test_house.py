@@ -44,7 +44,7 @@ LEVELS = (
     "__main__",
 )
 # Where gradients may be switched off: anywhere else a model could not be trained through it.
-WITHOUT_GRADIENTS = ("generate.py", "batch.py", "train/", "evaluate/", "bench/", "serve/")
+WITHOUT_GRADIENTS = ("generate.py", "ops/cpu_decoding.py", "batch.py", "train/", "evaluate/", "bench/", "serve/")
 # tokenizers raises Exception itself; what is not exactly that is raised again.
 CATCHES_EXCEPTION = {("processor/tokens.py", "from_folder"), ("serve/limits.py", "strict")}
 # The model's thread hands every error to the answers that it concerns, which raise it in the client's task.

@@ -7,8 +7,7 @@ parallel region, of the OpenMP library that PyTorch brought, calls it once in ea
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from llvmlite import binding
@@ -52,11 +51,11 @@ class _Noting(threading.local):
 _noting = _Noting()
 
 
-@contextmanager
-def noted() -> Iterator[list[Call]]:
-    """Calls that this thread would make are noted in a list, and not made."""
-    _noting.calls = []
-    try:
-        yield _noting.calls
+def note(function: Callable[[], Tensor]) -> tuple[Tensor, list[Call]]:
+    """What a function returns, and the calls that it would have made in this thread, which are not made."""
+    calls: list[Call] = []
+    try:  # no context manager, which an interrupt could leave between its beginning and its block
+        _noting.calls = calls
+        return function(), calls
     finally:
         _noting.calls = None

@@ -15,10 +15,9 @@ class Recording:
 
     def __init__(self, function: Callable[[], Tensor]):
         """function: is called now, while no kernel runs; what it returns is where the result will be."""
-        from minivlm.kernels.cpu.openmp import noted  # which needs Numba
+        from minivlm.kernels.cpu.openmp import note  # which needs Numba
 
-        with noted() as calls:
-            self.result = function()
+        self.result, calls = note(function)
         self._calls = calls  # their tensors are read and written
         pairs = [number for call in calls for number in (call.kernel, ctypes.addressof(call.packed))]
         self._arguments = len(calls), *pairs

@@ -143,8 +143,8 @@ def normalised(x, norm, eps):
 
 @njit(error_model="numpy")
 def silu(x):
-    """x / (1 + e^-x); 0 where that is too small for a normal number."""
-    return np.float32(0) if x < LOWEST else x / (np.float32(1) + exp(-x))
+    """x / (1 + e^-x); 0 where that is too small for a normal number, NaN of -infinity, as PyTorch has it."""
+    return x * np.float32(0) if x < LOWEST else x / (np.float32(1) + exp(-x))
 
 
 @cache

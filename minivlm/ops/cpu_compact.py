@@ -6,6 +6,7 @@ product.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +42,17 @@ class WidenedGroup(cpu_groups.Group):
 
     def several(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs)
-        return self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)].view(*x.shape[:-1], -1)
+        return self._product(shaped(rows), 0, sum(self.sizes))[: len(rows)].view(*x.shape[:-1], sum(self.sizes))
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The layers' results one by one, of many rows each whole in memory."""
         if x.numel() <= MANY * self.inputs:
             return super().parts(x)
         refuse_gradients(x)
-        more, ends = shaped(x), torch.tensor([0, *self.sizes], device="cpu").cumsum(0).tolist()
-        return tuple(self._product(more, *ends[i : i + 2])[: len(x)] for i in range(len(self.sizes)))
+        rows = x.reshape(-1, self.inputs)
+        more = shaped(rows)
+        found = [self._product(more, *ends)[: len(rows)] for ends in pairwise(accumulate(self.sizes, initial=0))]
+        return tuple(part.view(*x.shape[:-1], part.shape[1]) for part in found)
 
     def _product(self, x: Tensor, first: int, end: int) -> Tensor:
         """x [S, K] by rows of the weight -> [S, end - first]."""

@@ -96,7 +96,7 @@ class Step:
         self.by_kernels = self._by_kernels(decoder)
         self.recordings: dict[int, Recorded] = {}  # by their number of rows
         if self.by_kernels is not None:
-            self._recorded(1)  # now, since kernels may have to be compiled
+            self._recorded(1)  # now, since kernels may have to be compiled; those of more rows when they first come
 
     def __call__(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The hidden states [B, D] of B rows' tokens, each at a position of a slot."""
@@ -127,8 +127,9 @@ class Step:
         """So many rows through the layers by kernels, noted when there are first so many."""
         if rows not in self.recordings:
             layers, attention, _ = self.by_kernels
-            x = self.embeddings.new_empty(rows, self.embeddings.shape[1])
-            places = torch.zeros(rows, 3, dtype=torch.int64, device="cpu")
+            with torch.inference_mode(False):  # tensors that may be written in any mode
+                x = torch.empty(rows, self.embeddings.shape[1], dtype=self.embeddings.dtype, device="cpu")
+                places = torch.zeros(rows, 3, dtype=torch.int64, device="cpu")
             run = Recording(lambda: _through(layers, partial(attention.at, places=places), x))
             self.recordings[rows] = Recorded(x, places, run)
         return self.recordings[rows]

@@ -9,7 +9,7 @@ from minivlm.errors import InputError
 from minivlm.kernels.cpu import few_rows, single_row
 from minivlm.kernels.cpu.compact import BLOCK
 from minivlm.kernels.cpu.few_rows import MOST_ROWS, FewRowsLinear
-from minivlm.kernels.cpu.single_row import RowLinear
+from minivlm.kernels.cpu.single_row import MOST_INPUTS, RowLinear
 from minivlm.ops import joined
 from minivlm.ops.norms import RMSNorm
 
@@ -32,11 +32,13 @@ class Group(joined.Group):
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
         refuse_gradients(x, *self.parameters())
+        if x.shape[-1] != self.inputs:
+            raise ValueError(f"linear layer of {self.inputs} inputs: found {list(x.shape)}")
         rows = x.numel() // self.inputs
         linear = self._alone(x.dtype) if 0 < rows <= MOST_ROWS else None
         if linear is None or rows > linear.most_rows:
             return self.several(x)
-        return linear(x.reshape(*(rows,) * (rows > 1), self.inputs).contiguous()).view(*x.shape[:-1], -1)
+        return linear(x.reshape(*(rows,) * (rows > 1), self.inputs).contiguous()).view(*x.shape[:-1], sum(self.sizes))
 
     def several(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..], for any number of rows."""
@@ -63,7 +65,8 @@ class Group(joined.Group):
         self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False
     ) -> FewRowsLinear | RowLinear | None:
         """The kernel for single rows of a type, or for a few; None where there is none for this group."""
-        if not self.large or self.missing(dtype) is not None:
+        too_wide = self.form == "int8" and self.inputs > MOST_INPUTS
+        if not self.large or too_wide or self.missing(dtype) is not None:
             return None
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
         few = self.form is not None and self.inputs % BLOCK == 0 and few_rows.missing(dtype, self.form) is None
@@ -71,9 +74,10 @@ class Group(joined.Group):
 
     def _alone(self, dtype: torch.dtype) -> FewRowsLinear | RowLinear | None:
         """`row_linear` without what may surround the product, made once."""
-        if self._made is None or self._made[0] != dtype:
-            self._made = dtype, self.row_linear(dtype)
-        return self._made[1]
+        made = self._made
+        if made is None or made[0] != dtype:
+            self._made = made = dtype, self.row_linear(dtype)
+        return made[1]
 
     _made: tuple[torch.dtype, FewRowsLinear | RowLinear | None] | None = None
 

@@ -69,7 +69,8 @@ class Int8Group(cpu_groups.Group):
 
     def several(self, x: Tensor) -> Tensor:
         pieces = x.reshape(-1, self.inputs).split(PIECE)
-        return torch.cat([of_rounded(self._product, piece) for piece in pieces]).view(*x.shape[:-1], -1)
+        out = torch.cat([of_rounded(self._product, piece) for piece in pieces])
+        return out.view(*x.shape[:-1], sum(self.sizes))
 
     def _product(self, x: Tensor) -> Tensor:
         step = x.abs().amax(-1).float().div_(127).clamp_(min=LEAST_STEP)  # [S]
@@ -104,7 +105,7 @@ class PackedInt4Group(cpu_groups.Group):
         self.weight, self.scale = _packed_nibbles(self.weight), _scales(self.scale)
 
     def several(self, x: Tensor) -> Tensor:
-        return of_rounded(self._product, x.reshape(-1, self.inputs)).view(*x.shape[:-1], -1)
+        return of_rounded(self._product, x.reshape(-1, self.inputs)).view(*x.shape[:-1], sum(self.sizes))
 
     def _product(self, x: Tensor) -> Tensor:
         if len(x) > FEW:

@@ -235,6 +235,24 @@ def test_small_weights_of_16_bits_lie_by_columns(form, tied):
     torch.testing.assert_close(block.head(x), nn.functional.linear(x, weight), rtol=0.01, atol=0.01)
 
 
+def test_a_group_takes_what_a_linear_layer_takes():
+    """Rows of any number of dimensions, none, and no other width."""
+    torch.manual_seed(0)
+    block, plain = nn.Module(), nn.Module()
+    for module in (block, plain):
+        module.gate_proj, module.up_proj = nn.Linear(24, 40, bias=False), nn.Linear(24, 12, bias=False)
+    plain.load_state_dict(block.state_dict())
+    cpu.prepare(block)
+    group = block.gate_proj.group
+    for shape in ((24,), (1, 24), (3, 24), (2, 3, 24), (2, 50, 24), (0, 24), (2, 0, 24)):
+        x = torch.randn(shape)
+        expected = plain.gate_proj(x), plain.up_proj(x)
+        torch.testing.assert_close(group(x), torch.cat(expected, dim=-1))
+        torch.testing.assert_close(group.parts(x), expected)
+    with pytest.raises((ValueError, RuntimeError)):
+        group(torch.randn(2, 12))
+
+
 def test_a_strided_row_is_multiplied_as_any(form):
     torch.manual_seed(0)
     block = nn.Module()

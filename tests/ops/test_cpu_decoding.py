@@ -178,6 +178,18 @@ def test_a_weight_that_is_not_compact_among_others(tiny_of, form, monkeypatch): 
         torch.testing.assert_close(last_ids(decoder, cache, ids, rows), alone, rtol=1e-5, atol=1e-5)
 
 
+def test_steps_in_any_mode(tiny_of, form):  # noqa: F811
+    """One step serves inference mode and none, in either order."""
+    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
+    for modes in ((True, False), (False, True)):
+        step = decoding(decoder, decoder.new_cache(2, 4))
+        found = []
+        for position, inference in enumerate(modes):
+            with torch.inference_mode(inference), torch.no_grad():
+                found.append(step([5, 6], Rows.causal([1, 1], [position] * 2, [0, 1])))
+        assert all(hidden.isfinite().all() for hidden in found)
+
+
 def test_int8_steps_equal_one_pass(tiny_of, form):  # noqa: F811
     """In float32, but for numbers between two steps of 127, which may fall to either."""
     vlm = minivlm.load(tiny_of("next-mistral").folder, device="cpu", dtype="float32", backend="cpu", weights="int8")
