@@ -29,6 +29,7 @@ from test_published import expand
 
 import minivlm
 from minivlm.checkpoint import published_name
+from minivlm.ops.cpu_compact import CompactGroup
 from minivlm.ops.joined import weights
 from minivlm.processor.prompts import TEMPLATES
 
@@ -250,7 +251,7 @@ def measure(folder: Path, layers: int, picture: Path, tokens: int) -> int:
     peak = memory.finish()
     check_places(vlm, layers)
     text, made = vlm.model.config.text, len(reply.tokens)
-    held = sum(parameter.nbytes for parameter in vlm.model.parameters())
+    stored, kept = sizes(vlm)
     positions = reply.prompt_tokens + tokens
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * positions * text.head_dim * 2
     prefill, step = reply.prefill_seconds, reply.decode_seconds / max(1, made - 1)
@@ -258,18 +259,30 @@ def measure(folder: Path, layers: int, picture: Path, tokens: int) -> int:
     backend = vlm.model.language_model.backend.name
     print(f"decode{step:30.3f} s/token, {made} tokens on {torch.get_num_threads()} threads, backend {backend}")
     print(f"answer                      {reply.text!r:.60}")
-    print(f"weights {held / GB:.3f} GB in bfloat16, cache {cache / GB:.3f} GB for {positions} positions")
+    print(f"weights {stored / GB:.3f} GB in bfloat16, kept in {kept / GB:.3f} GB")
+    print(f"cache {cache / GB:.3f} GB for {positions} positions")
+    end = Memory.now()["RssAnon"]
     print(
         f"peak of anonymous memory {peak['RssAnon'] / GB:.3f} GB ({loaded['RssAnon'] / GB:.3f} while loading, "
-        f"{before / GB:.3f} before it); of mapped file pages {peak['RssFile'] / GB:.3f} GB"
+        f"{before / GB:.3f} before it), {end / GB:.3f} at the end; of mapped file pages {peak['RssFile'] / GB:.3f} GB"
     )
-    ratio = peak["RssAnon"] / (held + cache)
+    ratio = peak["RssAnon"] / (stored + cache)
     verdict = "at most" if ratio <= LIMIT else "MORE THAN"
     if layers < LAYERS:  # interpreter and activations are as large as ever, the weights are not
         print(f"anonymous memory is {ratio:.3f} times weights and cache, which is judged at the full size only")
         return 0
     print(f"anonymous memory is {ratio:.3f} times weights and cache, {verdict} {LIMIT}")
     return int(ratio > LIMIT)
+
+
+def sizes(vlm: minivlm.Pipeline) -> tuple[int, int]:
+    """Bytes of the weights in their type, and as they are kept."""
+    stored = kept = sum(parameter.nbytes for parameter in vlm.model.parameters())
+    for group in vlm.model.modules():
+        if isinstance(group, CompactGroup):
+            stored += group.inputs * sum(group.sizes) * 2
+            kept += group.kept_bytes
+    return stored, kept
 
 
 def draw_picture(path: Path) -> None:

@@ -24,7 +24,7 @@ from minivlm.kernels.cpu.compiling import (
     share,
     wide,
 )
-from minivlm.kernels.cpu.few_rows import INT4, INT8, FewRowsLinear
+from minivlm.kernels.cpu.few_rows import AT_ONCE, INT4, INT8, FewRowsLinear
 from minivlm.kernels.cpu.openmp import run
 from minivlm.kernels.cpu.single_row_numba import SUMS, normalised, silu, step_of
 from minivlm.kernels.cpu.weight_rows import COMPACT, SIDE_BY_SIDE, WHOLE, dots
@@ -117,8 +117,11 @@ def multiply(product: FewRowsLinear, x: Tensor, rows: int, residual: Tensor | No
     else:
         form, kept, scale = {INT8: (INTEGERS, 0, product.scale), INT4: (HALF_BYTES, 0, None)}[product.form]
         read = weight, product.scale, *[None] * 5
-    kernel = linear_kernel(product.dtype, form, next(n for n in SIDE_BY_SIDE if n >= rows))
-    sizes = rows, product.outputs, product.inputs, int(product.swiglu), kept
     (eps,) = struct.unpack("i", struct.pack("f", product.eps))
-    run(kernel, *sizes, x, product.norm, *read, scale, residual, out, eps)
+    sizes = product.outputs, product.inputs, int(product.swiglu), kept
+    for first in range(0, rows, AT_ONCE):
+        count, some = min(AT_ONCE, rows - first), slice(first, first + AT_ONCE)
+        kernel = linear_kernel(product.dtype, form, next(n for n in SIDE_BY_SIDE if n >= count))
+        x_, residual_, out_ = (t if t is None or rows == 1 else t[some] for t in (x, residual, out))
+        run(kernel, count, *sizes, x_, product.norm, *read, scale, residual_, out_, eps)
     return out

@@ -15,8 +15,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AT_ONCE = cpu_quantised.PIECE
 CPU = torch.device("cpu")
 # Numbers of rows, and whether the libraries multiply them all.
-ROWS_4 = [(1, False), (5, False), (9, False), (1, True), (FEW, True), (FEW + 1, True)]
-ROWS_8 = [(1, False), (3, False), (8, False), (9, False), *((n, True) for n in (1, 2, ACROSS, ACROSS + 1, AT_ONCE + 3))]
+ROWS_4 = [(1, False), (5, False), (17, False), (1, True), (FEW, True), (FEW + 1, True)]
+ROWS_8 = [
+    (1, False),
+    (3, False),
+    (9, False),
+    (17, False),
+    *((n, True) for n in (1, 2, ACROSS, ACROSS + 1, AT_ONCE + 3)),
+]
 
 
 def layer_of(outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> nn.Linear:
