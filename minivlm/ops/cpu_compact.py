@@ -29,8 +29,11 @@ def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
         return None
     group = CompactGroup(linears)
     weight, group.weight = group.weight.detach().contiguous(), None
-    group.compact = Compact.of(weight)
-    return group if group.compact is not None and group.compact.nbytes <= WORTH * weight.nbytes else None
+    compact = Compact.of(weight)
+    if compact is None or compact.nbytes > WORTH * weight.nbytes:
+        return None
+    group.keep(compact)
+    return group
 
 
 class WidenedGroup(cpu_groups.Group):
@@ -72,6 +75,13 @@ class CompactGroup(WidenedGroup):
 
     packed, form = True, "compact"
     compact: Compact
+
+    def keep(self, compact: Compact) -> None:
+        """Take a weight; its parts are buffers, so that they count as the model's."""
+        self.compact = compact
+        for name, part in compact._asdict().items():
+            if isinstance(part, Tensor):
+                self.register_buffer(name, part, persistent=False)
 
     @property
     def kept_bytes(self) -> int:

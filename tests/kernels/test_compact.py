@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_single_row import threads  # noqa: F401  a fixture
 
 from minivlm.kernels.cpu.compact import DTYPES, WHOLE, Compact
 from minivlm.kernels.cpu.few_rows import missing
@@ -30,22 +31,13 @@ def assert_kept(weight: torch.Tensor) -> Compact:
     return compact
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    """Three are more than some weights have rows."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def test_they_can_be_had_here():
     assert [missing(dtype, "compact") for dtype in DTYPES] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_normal_numbers(sizes, dtype, threads):
+def test_normal_numbers(sizes, dtype, threads):  # noqa: F811
     assert_kept(normal(*sizes, dtype=dtype))
 
 
@@ -74,7 +66,7 @@ def test_zeros_of_both_signs_and_all_of_one_value(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rare_numbers_anywhere_are_kept_whole(dtype, threads):
+def test_rare_numbers_anywhere_are_kept_whole(dtype, threads):  # noqa: F811
     """Infinite ones, NaN, subnormal and the largest, at the ends of rows, and many in one row."""
     weight = normal(300, 260, dtype=dtype)
     rare = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-39, -1e-45, 3e38, -3e38, 1e-20], dtype=dtype)

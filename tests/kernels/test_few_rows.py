@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from test_compact import normal, threads  # noqa: F401  a fixture
-from test_single_row import EPS, exact, numbers
+from test_compact import normal
+from test_single_row import EPS, exact, numbers, threads  # noqa: F401  a fixture
 from torch.nn.functional import silu
 
 from minivlm.kernels.cpu.compact import Compact

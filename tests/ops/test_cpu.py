@@ -145,6 +145,8 @@ def test_no_original_is_kept(tiny_of, form):
     groups = [module.compact for module in model.modules() if isinstance(module, cpu_compact.CompactGroup)]
     compact = sum(compact.shape[0] * compact.shape[1] * 4 for compact in groups)
     assert (compact > 0) is (form == "compact")
+    kept = sum(tensor.nbytes for module in model.modules() for tensor in module.buffers(recurse=False))
+    assert kept >= sum(compact.nbytes for compact in groups)  # whoever counts buffers counts them
     assert sum(p.nbytes for p in model.parameters()) + compact == sum(p.nbytes for p in plain.parameters())
 
 
