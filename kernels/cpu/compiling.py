@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from minivlm.kernels.cpu.openmp import KERNEL, barrier, run, thread_count, thread_number
@@ -24,6 +25,12 @@ from minivlm.kernels.cpu.openmp import KERNEL, barrier, run, thread_count, threa
 LINE = 64  # bytes of a line of the caches
 # What stands for each type; of 16 bits one is signed and one is not, only to tell them apart in `wide` and `narrow`.
 FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
+
+
+def compiles_for(feature: str) -> bool:
+    """Whether Numba compiles for a processor with this feature: it has one, and no variable of Numba's hides it."""
+    *_, features = cpu_target.target_context.codegen().magic_tuple()
+    return f"+{feature}" in features.split(",")
 
 
 @cache

@@ -56,6 +56,10 @@ def missing(dtype: torch.dtype, form: str) -> str | None:
     right."""
 
     def trial() -> str | None:
+        from minivlm.kernels.cpu.compiling import compiles_for
+
+        if not compiles_for("avx512bw"):  # without it LLVM would end the process
+            return "the processor has no AVX-512, or Numba does not use it"
         numbers = torch.arange(20 * BLOCK, dtype=torch.int32, device="cpu").view(20, BLOCK) % 977
         scale = None
         if form == "compact":
@@ -76,8 +80,6 @@ def missing(dtype: torch.dtype, form: str) -> str | None:
 
     if dtype not in (compact.DTYPES if form == "compact" else single_row.DTYPES):
         return f"there is none for {dtype}"
-    if not torch.cpu._is_avx512_supported():
-        return "the processor has no AVX-512"
     return single_row.missing() or reason_of(trial)
 
 

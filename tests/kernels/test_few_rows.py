@@ -1,7 +1,10 @@
 """The CPU's products of a few rows, against float64 and against their plain forms; and recordings of kernels."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,11 +159,22 @@ def test_wrong_kinds_are_refused():
             FewRowsLinear(*arguments)
 
 
-def test_what_a_type_or_processor_lacks_is_said(monkeypatch):
+def test_what_a_type_or_processor_lacks_is_said():
     assert missing(torch.float16, "compact") == "there is none for torch.float16"
     assert missing(torch.float64, "int8") == "there is none for torch.float64"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    assert missing.__wrapped__(torch.float32, "compact") == "the processor has no AVX-512"
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_ENABLE_AVX=0", "NUMBA_CPU_NAME=generic"])
+def test_where_numba_does_not_use_the_processors_vectors_there_are_none(variable):
+    """LLVM would end the process; the other kernels are compiled for what there is."""
+    code = (
+        "import torch; from minivlm.kernels.cpu import few_rows, single_row\n"
+        "print(few_rows.missing(torch.bfloat16, 'compact'), single_row.missing_attention(torch.float32, 16), sep='|')"
+    )
+    environment = {**os.environ, **dict([variable.split("=")])}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    assert found == "the processor has no AVX-512, or Numba does not use it|None"
 
 
 @pytest.mark.parametrize("form", ["compact", "int8", "int4"])

@@ -237,6 +237,16 @@ def test_small_weights_of_16_bits_lie_by_columns(form, tied):
     torch.testing.assert_close(block.head(x), nn.functional.linear(x, weight), rtol=0.01, atol=0.01)
 
 
+def test_how_many_bits_a_weight_takes(form):
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.gate_proj, block.up_proj = (nn.Linear(1024, 64, bias=False, dtype=torch.bfloat16) for _ in range(2))
+    assert joined.kept_bits(block) is None
+    cpu.prepare(block)
+    bits = joined.kept_bits(block)
+    assert 12 < bits < 12.2 if form == "compact" else bits == 16
+
+
 def test_a_group_takes_what_a_linear_layer_takes():
     """Rows of any number of dimensions, none, and no other width."""
     torch.manual_seed(0)
