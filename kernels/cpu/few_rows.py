@@ -36,7 +36,7 @@ from minivlm.kernels.cpu.single_row import (
 from minivlm.kernels.quantise import dequantise_int4
 
 AT_ONCE = 8  # rows by which a weight is multiplied when it is read
-# Most rows. 16 take two readings: 2.2 ms of 5632x1024 in bfloat16 with one thread, widened for the library 1.9; but
+# Most rows. 16 take two readings: 2.1 ms of 5632x1024 in bfloat16 with one thread, widened for the library 1.9; but
 # what surrounds the product then comes with it.
 MOST_ROWS = 16
 INT8, INT4 = "int8", "int4"

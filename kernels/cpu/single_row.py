@@ -1,5 +1,5 @@
-"""The work of a decoding step of one row on a CPU: the product of a row with a weight, with what surrounds it, and the
-attention of a row to its cache. Each weight, key and value is read once, and reading them is what takes the time.
+"""The work of a decoding step on a CPU: the product of a row with a weight as stored, with what surrounds it; and the
+attention of one row or more to a cache. Weights, keys and values are read once, which is what takes the time.
 
 Shapes:     product: x [K], weight [N, K] -> [N]; with swiglu the weight is [gate | up], and the result [N / 2].
             attention: q, k and v of one position [H + 2 K, C], keys and values [K, T, C] of a slot -> [H, C].
@@ -7,7 +7,7 @@ Dtypes:     float32, float16, bfloat16. A weight of the same, or int8 with scale
             to steps of 1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32;
             what the plain forms round on the way is rounded.
 Limits:     everything contiguous; N even with swiglu; C even, H a multiple of K; an int8 weight of at most 133,144
-            inputs. No more threads attend than there are key heads.
+            inputs. No more threads attend than the rows have key heads.
 Bytes:      N K weights of 4, 2 or 1 bytes; 2 C numbers of the cache for each visible position and key head.
 Operations: 2 N K; 4 C for each visible position and query head.
 

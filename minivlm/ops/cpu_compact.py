@@ -1,8 +1,7 @@
 """Joined layers of a CPU with their weights in fewer bits, the same numbers, see kernels/cpu/compact.py: a step reads
 three quarters of the bytes, and the model takes three quarters of the memory.
 
-A few rows have this project's kernels. For more the weight is widened, a piece at a time, for the library's
-product.
+A few rows have this project's kernels. For more the weight is widened, a piece at a time, for the library's product.
 """
 
 from collections.abc import Sequence
