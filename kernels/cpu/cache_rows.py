@@ -9,6 +9,9 @@ from numba.extending import intrinsic
 
 from minivlm.kernels.cpu.llvm_vectors import (
     ADDED,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
     HALVES,
     I64,
     LANES,
@@ -26,19 +29,19 @@ from minivlm.kernels.cpu.llvm_vectors import (
 
 @intrinsic(prefer_literal=True)
 def widen_numbers(context, kind, numbers, count, ahead, out):
-    """So many numbers, a multiple of 16, to float32; kind is a constant: 0 for float32, 1 for float16, 2 for bfloat16.
+    """So many numbers, a multiple of 16, to float32; kind is a constant, FLOAT32 or another of them.
     What is so many bytes ahead is on its way to the caches meanwhile."""
 
     def generate(context, builder, signature, arguments):
         _, numbers, count, ahead, out = arguments
-        size = 2 if kind.literal_value else 4
+        size = 4 if kind.literal_value == FLOAT32 else 2
 
         def step(_, at):
             offset = times(builder, at, size)
             prefetch(builder, numbers, builder.add(offset, ahead))
-            if kind.literal_value == 2:
+            if kind.literal_value == BFLOAT16:
                 wide = builder.shl(builder.zext(load(builder, numbers, offset, HALVES), NUMBERS), all_of(NUMBERS, 16))
-            elif kind.literal_value == 1:
+            elif kind.literal_value == FLOAT16:
                 wide = builder.fpext(load(builder, numbers, offset, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
             else:
                 wide = load(builder, numbers, offset, VECTOR)

@@ -92,7 +92,7 @@ class Compact(NamedTuple):
     def plain(self) -> Tensor:
         """All of the weight as it was, in PyTorch."""
         places = rearrange(self.places, "n (block byte) -> n block byte", byte=BLOCK // 2)
-        places = torch.stack((places & 15, places >> 4), dim=2).flatten(1)  # [N, K]
+        places = torch.stack((places & 15, places >> 4), dim=2).flatten(1)  # [N, P]
         bits = self.table.int()[places.int()] << 24 | self.lower.int() << 16
         bits = rearrange(bits, ORDERED, **LANES)
         if self.rest is not None:

@@ -152,6 +152,4 @@ def widened_int4(weight: Tensor, scale: Tensor, first: int, end: int, dtype: tor
     require_like(weight, weight.shape, torch.uint8)
     require_like(scale, (len(weight), 2 * weight.shape[1] // BLOCK), torch.float32)
     require(0 <= first <= end <= len(weight) and dtype in single_row.DTYPES, f"rows {first} to {end} of {dtype}")
-    from minivlm.kernels.cpu import compact_numba
-
-    return compact_numba.expand_int4(weight, scale, first, end, dtype)
+    return compact.compiled().expand_int4(weight, scale, first, end, dtype)

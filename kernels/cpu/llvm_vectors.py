@@ -12,6 +12,7 @@ from llvmlite import ir
 LANES = 16  # float32 of a vector
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, NUMBERS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+FLOAT32, FLOAT16, BFLOAT16 = range(3)  # kinds of numbers, in the order of FLOATS in compiling.py
 ADDED = ("reassoc", "contract", "nsz")  # what LLVM may do to a sum
 
 

@@ -15,7 +15,10 @@ from minivlm.kernels.cpu.compact import BLOCK, ordered
 from minivlm.kernels.cpu.compiling import LINE
 from minivlm.kernels.cpu.llvm_vectors import (
     ADDED,
+    BFLOAT16,
     F32,
+    FLOAT16,
+    FLOAT32,
     HALVES,
     I8,
     I16,
@@ -34,7 +37,6 @@ from minivlm.kernels.cpu.llvm_vectors import (
 )
 
 COMPACT, WHOLE, INT8, INT4 = range(4)
-FLOAT32, FLOAT16, BFLOAT16 = range(3)  # as in FLOATS of compiling.py
 # How many rows of the weight go side by side for so many rows of x: distant ones come sooner than one alone, and the
 # processor has registers for 16 sums.
 SIDE_BY_SIDE = {1: 4, 2: 4, 4: 4, 8: 2}
@@ -222,7 +224,7 @@ def widen_row(context, form, kind, a, b, c, d, inputs, row, out):
     def generate(context, builder, signature, arguments):
         *addresses, inputs, row, out = arguments[2:]
         weight = Weight(builder, form.literal_value, addresses, inputs)
-        row, size = weight.row(row), 2 if kind.literal_value else 4
+        row, size = weight.row(row), 4 if kind.literal_value == FLOAT32 else 2
 
         def step(_, at):
             for j, bits in enumerate(weight.numbers(row, at)):

@@ -143,14 +143,15 @@ def quantised(model: nn.Module) -> bool:
 
 def kept_bits(model: nn.Module) -> float | None:
     """How many bits a weight takes in a model's groups and quantised layers, on average; None if it has neither."""
-    kept = [
-        (group.inputs * sum(group.sizes), group.kept_bytes) for group in model.modules() if isinstance(group, Group)
-    ]
-    for layer in model.modules():
-        if isinstance(layer, QuantisedLinear):
-            kept.append((layer.in_features * layer.out_features, layer.weight.nbytes + layer.scale.nbytes))
-    numbers, bytes_ = (sum(parts) for parts in zip(*kept, strict=True)) if kept else (0, 0)
-    return 8 * bytes_ / numbers if kept else None
+    numbers = kept = 0
+    for module in model.modules():
+        if isinstance(module, Group):
+            numbers += module.inputs * sum(module.sizes)
+            kept += module.kept_bytes
+        elif isinstance(module, QuantisedLinear):
+            numbers += module.in_features * module.out_features
+            kept += module.weight.nbytes + module.scale.nbytes
+    return 8 * kept / numbers if numbers else None
 
 
 def places(shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
