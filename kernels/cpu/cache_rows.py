@@ -3,6 +3,8 @@
 The sum of one vector's numbers takes eight instructions; here 16 such sums are made together.
 """
 
+import math
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -13,6 +15,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
     FLOAT16,
     FLOAT32,
     HALVES,
+    I32,
     I64,
     LANES,
     NUMBERS,
@@ -25,6 +28,9 @@ from minivlm.kernels.cpu.llvm_vectors import (
     reduced,
     times,
 )
+
+LOWEST = -3.4028234663852886e38
+SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]  # of e^(r ln 2)
 
 
 @intrinsic(prefer_literal=True)
@@ -133,3 +139,74 @@ def _sums(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
         builder.shuffle_vector(*pair, ir.Constant(NUMBERS, [lane + shift for lane in lanes])) for shift in (0, part)
     )
     return builder.fadd(first, second, flags=ADDED)
+
+
+def _pair(builder: ir.IRBuilder, numbers: ir.Value, at: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """Where two vectors of float32 are from number `at` on, and they."""
+    places = [times(builder, builder.add(at, ir.Constant(I64, first)), 4) for first in (0, LANES)]
+    return [(place, load(builder, numbers, place, VECTOR)) for place in places]
+
+
+@intrinsic
+def highest(context, scores, count):
+    """The largest of so many float32, a multiple of 32, that are numbers."""
+
+    def generate(context, builder, signature, arguments):
+        scores, count = arguments
+
+        def higher(found, at):
+            vectors = zip(found, (vector for _, vector in _pair(builder, scores, at)), strict=True)
+            return [builder.select(builder.fcmp_ordered(">", new, old), new, old) for old, new in vectors]
+
+        most = loop(builder, count, [all_of(VECTOR, LOWEST)] * 2, higher, 2 * LANES)
+        return reduced(builder, "fmax", builder.select(builder.fcmp_ordered(">", *most), *most))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def weigh(context, scores, count, factor, most):
+    """2^(factor s - most) in place of each of so many scores s, a multiple of 32; their sum."""
+
+    def generate(context, builder, signature, arguments):
+        scores, count, *numbers = arguments
+        factor, most = (_all(builder, number) for number in numbers)
+
+        def replaced(totals, at):
+            found = []
+            for total, (place, vector) in zip(totals, _pair(builder, scores, at), strict=True):
+                vector = builder.fmul(vector, factor, flags=ADDED)
+                vector = exp2(builder, builder.fsub(vector, most, flags=ADDED))
+                builder.store(vector, at_address(builder, scores, place, VECTOR), align=4)
+                found.append(builder.fadd(total, vector))
+            return found
+
+        totals = loop(builder, count, [all_of(VECTOR, 0.0)] * 2, replaced, 2 * LANES)
+        return reduced(builder, "fadd", builder.fadd(*totals))
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), generate
+
+
+def exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """2^x of a vector of float32 of at most 0, relative error below 2e-7.
+
+    x = n + r with |r| <= 1/2; 2^r = e^(r ln 2) by its series, and AVX-512 multiplies by 2^n, even where that is 0.
+    """
+    least = all_of(VECTOR, -100.0)  # below 2^-126, with its parts, a number takes the processor a hundred times as long
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    unary = ir.FunctionType(VECTOR, [VECTOR])
+    whole = builder.call(builder.module.declare_intrinsic("llvm.rint.v16f32", (), unary), [x])
+    rest = builder.fsub(x, whole)
+    series = all_of(VECTOR, SERIES[-1])
+    for factor in reversed(SERIES[:-1]):
+        series = builder.fadd(builder.fmul(series, rest, flags=ADDED), all_of(VECTOR, factor), flags=ADDED)
+    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR, ir.IntType(16), I32])
+    scaled = builder.module.declare_intrinsic("llvm.x86.avx512.mask.scalef.ps.512", (), kind)
+    return builder.call(scaled, [series, whole, series, ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)])
+
+
+def _all(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+    """A vector of one number."""
+    kind = ir.VectorType(number.type, LANES)
+    vector = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(I32, 0))
+    return builder.shuffle_vector(vector, vector, all_of(NUMBERS, 0))

@@ -1,5 +1,5 @@
 """Weights in fewer bits, bit for bit the same numbers: 12 for a bfloat16, 28 for a float32, 12 if it was published as a
-bfloat16; a NaN stays one. Reading weights is what takes the time of a step, see few_rows.py.
+bfloat16; a NaN stays one. Reading weights is what takes the time of a step, see few_bits.py.
 
 A bfloat16 is a byte of sign and exponent over a byte that ends the exponent and has the fraction. The upper bytes of a
 trained matrix take few values: it has positive and negative numbers of a few magnitudes, none of 2^90. So an upper byte

@@ -20,9 +20,8 @@ from numba import carray, cfunc, njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
-from minivlm.kernels.cpu.openmp import KERNEL, barrier, run, thread_count, thread_number
+from minivlm.kernels.cpu.openmp import KERNEL, LINE, barrier, run, thread_count, thread_number
 
-LINE = 64  # bytes of a line of the caches
 # What stands for each type; of 16 bits one is signed and one is not, only to tell them apart in `wide` and `narrow`.
 FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
 
@@ -119,6 +118,18 @@ def lines(rows, width):
     space = np.zeros(rows * width + LINE // 4, np.float32)
     space = space[-np.int64(space.ctypes.data) // 4 % (LINE // 4) :]
     return space[: rows * width].reshape(rows, width)
+
+
+@njit
+def aligned(size):
+    """So many float32, whatever they are, from the beginning of a line of the caches."""
+    space = np.empty(size + LINE // 4, np.float32)
+    return space[-np.int64(space.ctypes.data) // 4 % (LINE // 4) :][:size]
+
+
+@njit
+def keep(array):
+    """Called behind the last use of an array's address: Numba frees an array behind the last use of itself."""
 
 
 # ---- threads

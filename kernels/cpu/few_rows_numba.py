@@ -1,4 +1,4 @@
-"""What few_rows.py calls, compiled by Numba for this processor, which must have AVX-512.
+"""What few_bits.py calls, compiled by Numba for this processor, which must have AVX-512.
 
 The loops over a row are in weight_rows.py; what surrounds them is that of single_row_numba.py, for several rows.
 """
@@ -24,7 +24,7 @@ from minivlm.kernels.cpu.compiling import (
     share,
     wide,
 )
-from minivlm.kernels.cpu.few_rows import AT_ONCE, INT4, INT8, FewRowsLinear
+from minivlm.kernels.cpu.few_bits import AT_ONCE, INT4, INT8, FewBitsLinear
 from minivlm.kernels.cpu.openmp import run
 from minivlm.kernels.cpu.single_row_numba import SUMS, normalised, silu, step_of
 from minivlm.kernels.cpu.weight_rows import COMPACT, SIDE_BY_SIDE, WHOLE, dots
@@ -52,7 +52,7 @@ def to_steps(x, steps, sizes):
 
 @cache
 def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
-    """The address of the kernel behind `FewRowsLinear`, for x of a type, a form of weights, and up to so many rows.
+    """The address of the kernel behind `FewBitsLinear`, for x of a type, a form of weights, and up to so many rows.
 
     Its arguments: rows, outputs, inputs, 1 with swiglu, how many weights are kept whole, the addresses of x, norm, the
     weight's four parts, see `dots`, a compact one's starts, columns and values, an int8 one's scale, the residual and
@@ -108,8 +108,8 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
     return address_of(kernel, f"few_rows_{dtype}_{form}_{batch}")
 
 
-def multiply(product: FewRowsLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
-    """`FewRowsLinear` of so many rows x, into `out`."""
+def multiply(product: FewBitsLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
+    """`FewBitsLinear` of so many rows x, into `out`."""
     weight = product.weight
     if isinstance(weight, Compact):
         form, kept, scale = COMPACT if weight.rest is None else WHOLE, len(weight.values), None

@@ -36,12 +36,12 @@ def times(builder: ir.IRBuilder, value: ir.Value, factor: int) -> ir.Value:
     return builder.mul(value, ir.Constant(I64, factor))
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value) -> None:
+def prefetch(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, near: int = 3) -> None:
     """Have the line so many bytes behind an address brought to the caches; any address will do."""
     pointer = I8.as_pointer()
     function = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function)
-    to_read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    to_read, keep, data = (ir.Constant(I32, value) for value in (0, near, 1))
     builder.call(fetch, [at_address(builder, address, offset, I8), to_read, keep, data])
 
 
@@ -70,4 +70,4 @@ def reduced(builder: ir.IRBuilder, how: str, vector: ir.Value) -> ir.Value:
     name = f"llvm.vector.reduce.{how}.v{vector.type.count}{'f' if kind == F32 else 'i'}32"
     signature = ir.FunctionType(kind, [*[kind] * len(first), vector.type])
     function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
-    return builder.call(function, [*first, vector], fastmath=() if how == "add" else ("reassoc",))
+    return builder.call(function, [*first, vector], fastmath={"add": (), "fadd": ("reassoc",), "fmax": ("nnan",)}[how])

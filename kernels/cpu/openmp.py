@@ -20,6 +20,7 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 barrier = types.ExternalFunction("GOMP_barrier", types.void())
+LINE = 64  # bytes of a line of the caches
 KERNEL = types.void(types.CPointer(types.int64))  # the argument: where integers and addresses lie
 _parallel = _LIBRARY.GOMP_parallel
 _parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -59,3 +60,9 @@ def note(function: Callable[[], Tensor]) -> tuple[Tensor, list[Call]]:
         return function(), calls
     finally:
         _noting.calls = None
+
+
+def scratch(size: int) -> Tensor:
+    """So many bytes for what a kernel has in between, from the beginning of a line of the caches."""
+    space = torch.empty(size + LINE, dtype=torch.uint8, device="cpu")
+    return space[-space.data_ptr() % LINE :][:size]

@@ -76,6 +76,21 @@ def missing() -> str | None:
 
 
 @cache
+def missing_tiles() -> str | None:
+    """Why no form by AMX can run here, see tiles.py; None if the processor, Numba and the system let it."""
+
+    def trial() -> str | None:
+        from minivlm.kernels.cpu.compiling import compiles_for
+        from minivlm.kernels.cpu.tiles import allowed
+
+        if not all(map(compiles_for, ("avx512bw", "amx-tile", "amx-bf16", "amx-int8"))):
+            return "the processor has no AMX, or Numba does not use it"
+        return None if allowed() else "the system does not let this process use AMX"
+
+    return missing() or reason_of(trial)
+
+
+@cache
 def missing_linear(dtype: torch.dtype, quantised: bool) -> str | None:
     """Why `RowLinear` cannot run here for a type; None if a small product is right."""
 

@@ -5,8 +5,12 @@ compact: bytes are taken 64 at a time to their upper bytes, to pairs, to float32
          where a loop that Numba vectorises takes eight. `whole` has the rest of float32 beside them.
 int8:    by rows that are quantised too, int16; pairs of products are added to int32, exactly.
 int4:    each half byte is looked up among -8 to 7, in float32; the sum of a group is multiplied by its scale.
+
+Or they become lines of left tiles, see tiles.py: of int8 as they are, of a compact one without its rest and of int4
+without its scales after two instructions for 32 of them, in bfloat16; of others the parts of what they are in float32.
 """
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -35,8 +39,9 @@ from minivlm.kernels.cpu.llvm_vectors import (
     reduced,
     times,
 )
+from minivlm.kernels.cpu.tiles import LINES, TILE, nearest, split
 
-COMPACT, WHOLE, INT8, INT4 = range(4)
+COMPACT, WHOLE, INT8, INT4, STEPS = range(5)  # steps: int4 without its scales
 # How many rows of the weight go side by side for so many rows of x: distant ones come sooner than one alone, and the
 # processor has registers for 16 sums.
 SIDE_BY_SIDE = {1: 4, 2: 4, 4: 4, 8: 2}
@@ -51,6 +56,10 @@ INTERLEAVED = [
     [byte for lane in range(4) for i in range(8) for byte in (16 * lane + first + i, HALF + 16 * lane + first + i)]
     for first in (0, 8)
 ]
+# The lower and the upper byte of -8 to 7 in bfloat16, for each lane.
+STEP_BYTES = [
+    ir.Constant(BYTES, torch.arange(-8.0, 8).bfloat16().view(torch.uint8)[half::2].tolist() * 4) for half in (0, 1)
+]
 
 
 class Weight:
@@ -61,7 +70,7 @@ class Weight:
 
     def __init__(self, builder: ir.IRBuilder, form: int, addresses: list[ir.Value], inputs: ir.Value):
         self.builder, self.form, self.inputs = builder, form, inputs
-        halves = {COMPACT: (2, 1), WHOLE: (2, 1, 4), INT8: (2,), INT4: (1,)}[form]
+        halves = {COMPACT: (2, 1), WHOLE: (2, 1, 4), INT8: (2,), INT4: (1,), STEPS: (1,)}[form]
         self.parts = list(zip(addresses, halves, strict=False))
         if form in (COMPACT, WHOLE):
             table = builder.load(builder.inttoptr(addresses[3], SIXTEEN.as_pointer()), align=1)
@@ -79,12 +88,12 @@ class Weight:
             addresses.append(builder.add(self.scales, scales))
         return addresses
 
-    def fetch(self, row: list[ir.Value], at: ir.Value) -> None:
-        """Have the block that is AHEAD of number `at` brought to the caches."""
+    def fetch(self, row: list[ir.Value], at: ir.Value, near: int = 3) -> None:
+        """Have the block of a row from number `at` on brought to the caches."""
         for address, (_, halves) in zip(row, self.parts, strict=False):
+            first = self._bytes(at, halves)
             for line in range(0, BLOCK * halves // 2, LINE):
-                offset = ir.Constant(I64, AHEAD * halves // 2 + line)
-                prefetch(self.builder, address, self.builder.add(self._bytes(at, halves), offset))
+                prefetch(self.builder, address, self.builder.add(first, ir.Constant(I64, line)), near)
 
     def numbers(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
         """The block of a row from number `at` on, as the bits of eight vectors of float32; not of int8."""
@@ -93,21 +102,47 @@ class Weight:
             steps, order = self._steps(row, at)
             values = [builder.fmul(step, self._scale(row, at)) for step in steps]
             return [builder.bitcast(values[order.index(place)], NUMBERS) for place in range(len(order))]
-        look_up = ir.FunctionType(BYTES, [BYTES] * 2)
-        look_up = builder.module.declare_intrinsic("llvm.x86.avx512.pshuf.b.512", (), look_up)
-        both = load(builder, row[1], self._bytes(at, 1), BYTES)
-        high = builder.bitcast(builder.lshr(builder.bitcast(both, PAIRS), all_of(PAIRS, 4)), BYTES)
-        for part, places in enumerate((both, high)):
-            upper = builder.call(look_up, [self.table, builder.and_(places, all_of(BYTES, 15))])
-            lower = load(builder, row[0], builder.add(at, ir.Constant(I64, part * HALF)), BYTES)
-            for order in INTERLEAVED:
-                pairs = builder.bitcast(builder.shuffle_vector(lower, upper, _places(order)), NUMBERS)
-                vectors.append(builder.shl(pairs, all_of(NUMBERS, 16)))
-                vectors.append(builder.and_(pairs, all_of(NUMBERS, 0xFFFF0000)))
+        for pairs in self._pairs(row, at):
+            vectors.append(builder.shl(pairs, all_of(NUMBERS, 16)))
+            vectors.append(builder.and_(pairs, all_of(NUMBERS, 0xFFFF0000)))
         if self.form == COMPACT:
             return vectors
         rests = [load(builder, row[2], self._number(at, i * LANES, 2), HALVES) for i in range(len(vectors))]
         return [builder.or_(bits, builder.zext(rest, NUMBERS)) for bits, rest in zip(vectors, rests, strict=True)]
+
+    def lines(self, row: list[ir.Value], at: ir.Value, parts: int) -> list[list[ir.Value]]:
+        """The block of a row from number `at` on as lines of left tiles: of each step its parts."""
+        builder = self.builder
+        if self.form == INT8:
+            places = [self._number(at, first, 1) for first in range(0, BLOCK, HALF)]
+            return [[builder.bitcast(load(builder, row[0], place, BYTES), NUMBERS)] for place in places]
+        if self.form in (COMPACT, STEPS):
+            return [[pairs] for pairs in self._pairs(row, at)]
+        vectors = [builder.bitcast(bits, VECTOR) for bits in self.numbers(row, at)]
+        if parts == 1:
+            vectors = [nearest(builder, vector) for vector in vectors]
+        return [split(builder, *vectors[i : i + 2], parts) for i in range(0, len(vectors), 2)]
+
+    def _pairs(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
+        """A block of a compact row, or of steps, in bfloat16: of four times 32 numbers each of the first 16 beside the
+        one that is 16 behind it."""
+        builder, pairs, steps = self.builder, [], self.form == STEPS
+        look_up = ir.FunctionType(BYTES, [BYTES] * 2)
+        look_up = builder.module.declare_intrinsic("llvm.x86.avx512.pshuf.b.512", (), look_up)
+        both = load(builder, row[0 if steps else 1], self._bytes(at, 1), BYTES)
+        if steps:
+            both = builder.shuffle_vector(both, both, _places(ordered().tolist()))
+        high = builder.bitcast(builder.lshr(builder.bitcast(both, PAIRS), all_of(PAIRS, 4)), BYTES)
+        for part, places in enumerate((both, high)):
+            places = builder.and_(places, all_of(BYTES, 15))
+            upper = builder.call(look_up, [STEP_BYTES[1] if steps else self.table, places])
+            if steps:
+                lower = builder.call(look_up, [STEP_BYTES[0], places])
+            else:
+                lower = load(builder, row[0], builder.add(at, ir.Constant(I64, part * HALF)), BYTES)
+            for order in INTERLEAVED:
+                pairs.append(builder.bitcast(builder.shuffle_vector(lower, upper, _places(order)), NUMBERS))
+        return pairs
 
     def add(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
         """The sums plus the products of a block from number `at` on and the lines x."""
@@ -200,7 +235,7 @@ def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, 
         def step(sums, at):
             found = []
             for i, row in enumerate(rows):
-                weight.fetch(row, at)
+                weight.fetch(row, builder.add(at, ir.Constant(I64, AHEAD)))
                 found += weight.add(sums[i * len(lines) : (i + 1) * len(lines)], row, at, lines)
             return found
 
@@ -244,11 +279,35 @@ def widen_row(context, form, kind, a, b, c, d, inputs, row, out):
 
 def _upper_half(builder: ir.IRBuilder, bits: ir.Value, rounds: bool) -> ir.Value:
     """The bfloat16 of float32 that are finite; exact ones need no rounding."""
-    half = builder.lshr(bits, all_of(NUMBERS, 16))
-    if rounds:
-        even = builder.and_(half, all_of(NUMBERS, 1))
-        half = builder.lshr(builder.add(builder.add(bits, all_of(NUMBERS, 0x7FFF)), even), all_of(NUMBERS, 16))
-    return builder.trunc(half, HALVES)
+    bits = builder.bitcast(nearest(builder, bits), NUMBERS) if rounds else bits
+    return builder.trunc(builder.lshr(bits, all_of(NUMBERS, 16)), HALVES)
+
+
+@intrinsic(prefer_literal=True)
+def tile_block(context, form, parts, a, b, c, d, inputs, row, rows, at, later, out):
+    """BLOCK numbers, from number `at` on, of up to 32 rows of a weight as left tiles, each in so many parts, to an
+    address. As many of all of its numbers, from number `later` on, are fetched. The form and the parts are constants;
+    the others are as those of `dots`."""
+
+    def generate(context, builder, signature, arguments):
+        *addresses, inputs, row, rows, at, later, out = arguments[2:]
+        weight = Weight(builder, form.literal_value, addresses, inputs)
+
+        def step(_, i):
+            here = weight.row(builder.add(row, i))
+            weight.fetch(addresses, builder.add(later, times(builder, i, BLOCK)), near=2)
+            tile = times(builder, builder.udiv(i, ir.Constant(I64, LINES)), TILE)
+            place = builder.add(out, builder.add(tile, times(builder, builder.urem(i, ir.Constant(I64, LINES)), LINE)))
+            lines = [part for parts_ in weight.lines(here, at, parts.literal_value) for part in parts_]
+            for number, line in enumerate(lines):
+                offset = ir.Constant(I64, 2 * TILE * number)
+                builder.store(line, at_address(builder, place, offset, NUMBERS), align=4)
+            return []
+
+        loop(builder, rows, [], step, 1)
+        return context.get_dummy_value()
+
+    return types.void(form, parts, *[types.int64] * 10), generate
 
 
 @intrinsic

@@ -63,17 +63,12 @@ def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: 
     return down(nn.functional.silu(gate(x)) * up(x))
 
 
-def decoder_end_by(gated_mlp: Callable) -> Callable:
-    """What follows attention in a decoder layer, around a gated MLP of the form above."""
-
-    def decoder_end(
-        x: Tensor, heads: Tensor, output: nn.Module, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module
-    ) -> Tensor:
-        """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
-        x = x + output(heads)
-        return x + gated_mlp(x, norm, gate, up, down)
-
-    return decoder_end
+def decoder_end(
+    x: Tensor, heads: Tensor, output: nn.Module, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module
+) -> Tensor:
+    """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
+    x = x + output(heads)
+    return x + gated_mlp(x, norm, gate, up, down)
 
 
 def encoder_end(
@@ -156,7 +151,7 @@ def unpacked_bits(words: Tensor, allowed: Tensor) -> Tensor:
 REFERENCE = Backend(
     name="reference",
     norm_linear=norm_linear,
-    decoder_end=decoder_end_by(gated_mlp),
+    decoder_end=decoder_end,
     sight=sight,
     attention=attention_by(eager),
     vision_attention=vision_attention_by(eager),
@@ -171,9 +166,10 @@ CPU = replace(
     SDPA,
     name="cpu",
     norm_linear=cpu.norm_linear,
-    decoder_end=decoder_end_by(cpu.gated_mlp),
+    decoder_end=cpu.decoder_end,
     sight=cpu_attention.sight,
     attention=cpu_attention.attention,
+    vision_attention=cpu_attention.vision_attention,
     decoding=cpu_decoding.decoding,
     rope=cpu.rope,
     prepare=cpu.prepare,

@@ -12,7 +12,7 @@
 Joined and packed weights have no gradient. A head that is tied to the embeddings is not packed, which would copy it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
 import torch
@@ -142,7 +142,46 @@ def _group(linears: Sequence[nn.Module], tied: bool, small: bool) -> joined.Grou
 
 def norm_linear(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Normalise x [S, D] and project it by each of the linears, a whole group at once: a tuple of [S, D_i]."""
+    group = joined.group_of(linears)
+    if isinstance(group, cpu_groups.Group) and isinstance(norm, RMSNorm):
+        kernel = group.kernel(x.dtype, len(x), norm)
+        if kernel is not None:
+            refuse_gradients(x)
+            return kernel(x.contiguous()).split(group.sizes, dim=-1)
     return _project(_norm(x, norm), linears)
+
+
+def decoder_end(
+    x: Tensor, heads: Tensor, output: nn.Module, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module
+) -> Tensor:
+    """x [S, D] plus what attention found, heads [S, H * C] through `output`; plus the gated MLP of that: [S, D]."""
+    kernels = end_kernels(len(x), x.dtype, output, norm, gate, up, down)
+    if kernels is None:
+        x = x + output(heads)
+        return x + gated_mlp(x, norm, gate, up, down)
+    refuse_gradients(x, heads)
+    project, inner, lower = kernels
+    x = project(heads.contiguous(), x.contiguous())
+    return lower(inner(x), x)
+
+
+def end_kernels(
+    rows: int,
+    dtype: torch.dtype,
+    output: nn.Module,
+    norm: nn.Module,
+    gate: nn.Module,
+    up: nn.Module,
+    down: nn.Module,
+) -> tuple[Callable, Callable, Callable] | None:
+    """This project's kernels for so many rows, of the products in `decoder_end`: `output`, [gate | up] with all that is
+    around it, and `down`; None where one is missing."""
+    groups = [joined.group_of(layers) for layers in ((output,), (gate, up), (down,))]
+    if not all(isinstance(group, cpu_groups.Group) for group in groups):
+        return None
+    arounds = (None, False), (norm, True), (None, False)
+    kernels = tuple(group.kernel(dtype, rows, *around) for group, around in zip(groups, arounds, strict=True))
+    return None if None in kernels else kernels
 
 
 def gated_mlp(x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:

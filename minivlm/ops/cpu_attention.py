@@ -1,7 +1,8 @@
 """Attention of backend `cpu`: rows that bring one query each attend together, other rows one after the other.
 
 In a server's step dozens of rows bring one query beside a piece of somebody's prompt. Row by row each costs the calls
-of a whole row; together they cost about what one does.
+of a whole row; together they cost about what one does. Rows of many queries, and tiles of many patches, have a kernel
+of this project where it can run, see kernels/cpu/attention_prefill.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from minivlm.kernels.cpu import attention_prefill
 from minivlm.ops import attention as plain
 from minivlm.ops import cpu
 from minivlm.ops.cpu_shapes import attend
@@ -23,31 +25,44 @@ from minivlm.ops.rows import Rows
 # one by one it takes a call for each row, the time in which so many bytes of the cache are read: measured with 8 and 32
 # rows of the shipped checkpoint in bfloat16 and float32. Equally long rows of 300 keys take two thirds of the time.
 CALL = 80_000
+# The least products of a query and a key, in all channels and heads, for which a kernel is loaded, 577 patches of 4
+# heads of 64 channels. TODO
+LARGE = 2**26
 
 Attend = Callable[[int, Tensor], Tensor]  # (number of the layer, q [.., H, C]) -> [B, K, H/K, C]
 
 
 @dataclass
 class Seen:
-    """What packed rows see: the first `singles` of them bring one query each, `rest` are the others.
+    """What packed rows see: the first `singles` of them bring one query each.
 
     places: int64 [2, singles], the slot and the position of each single query.
+    intervals: of every row the first key that each of its queries sees, and the one behind the last, int32 [n];
+    None where they see several intervals.
     """
 
     singles: int
     places: Tensor
-    rest: Rows
     sights: tuple[tuple[plain.Sight, ...], ...]  # of all rows
     window: int | None
+    intervals: tuple[tuple[Tensor, Tensor] | None, ...]
     attend: Attend | None = None  # of the singles, made at the first layer
 
 
 def sight(rows: Rows, window: int | None, device) -> Seen:
     """What each row's queries may see, worked out once for all layers."""
     singles = len(list(takewhile(lambda n: n == 1, rows.lengths)))
-    rest = Rows(rows.lengths[singles:], rows.starts[singles:], rows.slots[singles:], rows.segments[singles:])
     places = torch.tensor((rows.slots[:singles], rows.starts[:singles]), dtype=torch.int64, device="cpu")
-    return Seen(singles, places, rest, plain.sight(rows, window, device), window)
+    intervals = tuple(
+        _interval(start, n, window) if len(segments) == 1 else None
+        for n, start, segments in zip(rows.lengths, rows.starts, rows.segments, strict=True)
+    )
+    return Seen(singles, places, plain.sight(rows, window, device), window, intervals)
+
+
+def _interval(start: int, queries: int, window: int | None) -> tuple[Tensor, Tensor]:
+    hi = torch.arange(start + 1, start + queries + 1, dtype=torch.int32, device="cpu")
+    return (torch.zeros_like(hi) if window is None else (hi - window).clamp_(min=0)), hi
 
 
 def attention(
@@ -63,7 +78,7 @@ def attention(
     """q [S, H, C], k and v [S, K, C] before rotation; seen: what `sight` returned. Returns [S, H * C]."""
     q, k, n = rotate(q, *rope), rotate(k, *rope), seen.singles
     if cache is None or n == 0:
-        return plain.attend_rows(attend, q, k, v, rows, seen.sights, cache, layer)
+        return torch.cat(_one_after_another(q, k, v, rows, seen, cache, layer, 0))
     if seen.attend is None:
         slots, starts = rows.slots[:n], rows.starts[:n]
         if max(starts) >= cache.capacity:
@@ -75,8 +90,48 @@ def attention(
     heads = seen.attend(layer, q[:n]).view(n, -1)
     if n == len(q):
         return heads
-    others = (part[n:] for part in (q, k, v))
-    return torch.cat((heads, plain.attend_rows(attend, *others, seen.rest, seen.sights[n:], cache, layer)))
+    return torch.cat((heads, *_one_after_another(*(part[n:] for part in (q, k, v)), rows, seen, cache, layer, n)))
+
+
+def _one_after_another(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, seen: Seen, cache: KVCache | None, layer: int, first: int
+) -> list[Tensor]:
+    """The results of the rows from number `first` on, whose q, k and v these are: of each [n, H * C]."""
+    lengths, found = rows.lengths[first:], []
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    for row, (queries, keys, values) in enumerate(parts, first):
+        interval = seen.intervals[row]
+        if interval is None or not _has_kernel(queries, rows.starts[row] + len(queries)):
+            alone = Rows(*(part[row : row + 1] for part in (rows.lengths, rows.starts, rows.slots, rows.segments)))
+            looks = seen.sights[row : row + 1]
+            found.append(plain.attend_rows(attend, queries, keys, values, alone, looks, cache, layer))
+            continue
+        if cache is not None:
+            new = (x.transpose(0, 1) for x in (keys, values))  # [K, n, C]
+            stored = cache.write(layer, rows.slots[row], rows.starts[row], *new)
+            keys, values = (x.transpose(0, 1) for x in stored)  # [start + n, K, C]
+        begin = int(interval[0][0])  # nobody sees keys before
+        bounds = [bound - begin for bound in interval]
+        found.append(attention_prefill.attention(queries, keys[begin:], values[begin:], *bounds).flatten(1))
+    return found
+
+
+def _has_kernel(q: Tensor, keys: int) -> bool:
+    """Whether queries q [n, H, C] go through this project's kernel."""
+    if q.numel() * keys < LARGE or q.requires_grad:
+        return False
+    return attention_prefill.missing(q.dtype, q.shape[2]) is None
+
+
+def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The encoder's: every patch of a tile sees every other. q, k, v [N, H, P, C] -> [N, H, P, C]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, P, H, C]
+    patches = q.shape[1]
+    if not (len(q) and _has_kernel(q[0], patches)):
+        return plain.fused(*(x.transpose(1, 2) for x in (q, k, v)), "all")
+    hi = torch.full((patches,), patches, dtype=torch.int32, device="cpu")
+    tiles = [attention_prefill.attention(*tile, torch.zeros_like(hi), hi) for tile in zip(q, k, v, strict=True)]
+    return torch.stack(tiles).transpose(1, 2)
 
 
 class SingleQueries:

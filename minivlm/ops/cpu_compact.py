@@ -1,7 +1,8 @@
 """Joined layers of a CPU with their weights in fewer bits, the same numbers, see kernels/cpu/compact.py: a step reads
 three quarters of the bytes, and the model takes three quarters of the memory.
 
-A few rows have this project's kernels. For more the weight is widened, a piece at a time, for the library's product.
+This project's kernels multiply by it; where they lack AMX, more than a few rows by the library, the weight widened a
+piece at a time.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from minivlm.kernels.cpu import few_rows
+from minivlm.kernels.cpu import few_bits
 from minivlm.kernels.cpu.compact import Compact
-from minivlm.kernels.cpu.few_rows import FewRowsLinear
 from minivlm.ops import cpu_groups
 from minivlm.ops.cpu_groups import refuse_gradients
 from minivlm.ops.cpu_products import MANY, product, shaped
-from minivlm.ops.norms import RMSNorm
 
 WORTH = 0.95  # the largest share of the bytes as stored; short rows are filled up to 128 numbers
 PIECE = 2**22  # numbers of a weight that are widened at a time: fewer, and the calls cost more than the caches save
@@ -24,7 +23,7 @@ PIECE = 2**22  # numbers of a weight that are widened at a time: fewer, and the 
 
 def compact_group(linears: Sequence[nn.Linear]) -> "CompactGroup | None":
     """Layers of one input without biases as one product; None if their weights are not for this."""
-    if linears[0].weight.device.type != "cpu" or few_rows.missing(linears[0].weight.dtype, "compact") is not None:
+    if linears[0].weight.device.type != "cpu" or few_bits.missing(linears[0].weight.dtype, "compact") is not None:
         return None
     group = CompactGroup(linears)
     weight, group.weight = group.weight.detach().contiguous(), None
@@ -72,7 +71,7 @@ class WidenedGroup(cpu_groups.Group):
 class CompactGroup(WidenedGroup):
     """compact: the weight [N_1 + N_2 + .., K]."""
 
-    packed, form = True, "compact"
+    packed, form, large = True, "compact", True
     compact: Compact
 
     def keep(self, compact: Compact) -> None:
@@ -89,9 +88,9 @@ class CompactGroup(WidenedGroup):
     def whole(self) -> Tensor:
         return self.compact.expanded()
 
-    def row_linear(self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False) -> FewRowsLinear:
-        around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
-        return FewRowsLinear(self.compact, None, *around, swiglu, dtype)
+    @property
+    def kept(self) -> Compact:
+        return self.compact
 
     def rows_of(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
         return self.compact.expanded(first, end).to(dtype)

@@ -29,6 +29,8 @@ from minivlm.ops.norms import RMSNorm
 from minivlm.ops.rope import rope_table
 from minivlm.ops.rows import Rows
 
+RECORDED = 16  # most rows of a recording, which holds what they have in between
+
 Rowwise = Callable[[Tensor], Tensor]  # of one row or several: [.., K] to [.., N]
 
 
@@ -121,7 +123,7 @@ class Step:
             return None
         layers, most_rows = zip(*found, strict=True)
         attention = RowAttention(self.heads[0], *self.cache, self.cos, self.sin, config.sliding_window)
-        return ByKernels(layers, attention, min(most_rows))
+        return ByKernels(layers, attention, min(RECORDED, *most_rows))
 
     def _recorded(self, rows: int) -> Recorded:
         """So many rows through the layers by kernels, noted when there are first so many."""
@@ -174,17 +176,16 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _kernel_layer(layer: nn.Module, dtype: torch.dtype) -> tuple[Layer, int] | None:
+def _kernel_layer(layer: nn.Module, dtype: torch.dtype) -> tuple[Layer, float] | None:
     """By this project's kernels, and how many rows they all take; None where one is missing."""
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = attention.q_proj.group.row_linear(dtype, layer.input_layernorm)
-    output = attention.o_proj.group.row_linear(dtype)
-    inner = mlp.gate_proj.group.row_linear(dtype, layer.post_attention_layernorm, swiglu=True)
-    down = mlp.down_proj.group.row_linear(dtype)
-    kernels = qkv, output, inner, down
-    if None in kernels:
+    attention, mlp, norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm
+    qkv = attention.q_proj.group.kernel(dtype, 1, layer.input_layernorm)
+    end = cpu.end_kernels(1, dtype, attention.o_proj, norm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if qkv is None or end is None:
         return None
-    return Layer(qkv, output, lambda x: down(inner(x), x)), min(kernel.most_rows for kernel in kernels)
+    output, inner, down = end
+    most_rows = min(kernel.most_rows for kernel in (qkv, *end))
+    return Layer(qkv, output, lambda x: down(inner(x), x)), most_rows
 
 
 def _rowwise(layer: GroupedLinear) -> Rowwise:

@@ -1,14 +1,15 @@
-"""Joined layers of a CPU, and which of their products of few rows are this project's kernels, see
-kernels/cpu/few_rows.py and, of weights as stored or without AVX-512, single_row.py: where Numba is installed and the
-model is not small."""
+"""Joined layers of a CPU, and which of their products are this project's kernels, see kernels/cpu/few_bits.py and, of
+weights as stored or without AVX-512, single_row.py: where Numba is installed and the model is not small."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minivlm.errors import InputError
-from minivlm.kernels.cpu import few_rows, single_row
-from minivlm.kernels.cpu.compact import BLOCK
-from minivlm.kernels.cpu.few_rows import MOST_ROWS, FewRowsLinear
+from minivlm.kernels.cpu import few_bits, single_row
+from minivlm.kernels.cpu.compact import BLOCK, Compact
+from minivlm.kernels.cpu.few_bits import FewBitsLinear
 from minivlm.kernels.cpu.single_row import MOST_INPUTS, RowLinear
 from minivlm.ops import joined
 from minivlm.ops.norms import RMSNorm
@@ -27,7 +28,11 @@ class Group(joined.Group):
     """Layers of one input; what many rows are multiplied by is for others to say, in `several`."""
 
     small = False  # whether it belongs to a model that does without kernels
-    form: str | None = None  # of its weight, as few_rows.py calls them; None as it was loaded
+    form: str | None = None  # of its weight, as few_bits.py calls them; None as it was loaded
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__(layers)
+        self._made: dict[tuple, FewBitsLinear | RowLinear | None] = {}  # kernels, by what they are for
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N_1 + N_2 + ..]"""
@@ -35,8 +40,8 @@ class Group(joined.Group):
         if x.shape[-1] != self.inputs:
             raise ValueError(f"linear layer of {self.inputs} inputs: found {list(x.shape)}")
         rows = x.numel() // self.inputs
-        linear = self._alone(x.dtype) if 0 < rows <= MOST_ROWS else None
-        if linear is None or rows > linear.most_rows:
+        linear = self.kernel(x.dtype, rows)
+        if linear is None:
             return self.several(x)
         return linear(x.reshape(*(rows,) * (rows > 1), self.inputs).contiguous()).view(*x.shape[:-1], sum(self.sizes))
 
@@ -56,30 +61,41 @@ class Group(joined.Group):
 
     def missing(self, dtype: torch.dtype) -> str | None:
         """Why there is no kernel for rows of a type."""
-        few = "the weights are as stored" if self.form is None else few_rows.missing(dtype, self.form)
-        if few is None and self.inputs % BLOCK == 0:
-            return None
-        return single_row.missing_linear(dtype, self.form == "int8") if self.form != "int4" else few
+        few = self._missing_few_bits(dtype)
+        if few is None or self.form in ("int4", "compact"):
+            return few
+        return single_row.missing_linear(dtype, self.form == "int8")
 
-    def row_linear(
-        self, dtype: torch.dtype, norm: RMSNorm | None = None, swiglu: bool = False
-    ) -> FewRowsLinear | RowLinear | None:
-        """The kernel for single rows of a type, or for a few; None where there is none for this group."""
+    def _missing_few_bits(self, dtype: torch.dtype) -> str | None:
+        """Why there is none of few_bits.py."""
+        if self.form is None:
+            return "the weights are as stored"
+        if self.form != "compact" and self.inputs % BLOCK:
+            return f"{self.inputs} inputs are no multiple of {BLOCK}"
+        return few_bits.missing(dtype, self.form)
+
+    def kernel(
+        self, dtype: torch.dtype, rows: int, norm: RMSNorm | None = None, swiglu: bool = False
+    ) -> FewBitsLinear | RowLinear | None:
+        """For so many rows of a type, perhaps of their norm, perhaps through SwiGLU; None where there is none."""
+        key = dtype, norm, swiglu
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        linear = self._made[key]
+        return linear if linear is not None and 0 < rows <= linear.most_rows else None
+
+    def _make(self, dtype: torch.dtype, norm: RMSNorm | None, swiglu: bool) -> FewBitsLinear | RowLinear | None:
         too_wide = self.form == "int8" and self.inputs > MOST_INPUTS
         if not self.large or too_wide or self.missing(dtype) is not None:
             return None
         around = (None, 0.0) if norm is None else (norm.weight.detach(), norm.eps)
-        few = self.form is not None and self.inputs % BLOCK == 0 and few_rows.missing(dtype, self.form) is None
-        return (FewRowsLinear if few else RowLinear)(self.weight.detach(), self.scale, *around, swiglu, dtype)
+        linear = FewBitsLinear if self._missing_few_bits(dtype) is None else RowLinear
+        return linear(self.kept, self.scale, *around, swiglu, dtype)
 
-    def _alone(self, dtype: torch.dtype) -> FewRowsLinear | RowLinear | None:
-        """`row_linear` without what may surround the product, made once."""
-        made = self._made
-        if made is None or made[0] != dtype:
-            self._made = made = dtype, self.row_linear(dtype)
-        return made[1]
-
-    _made: tuple[torch.dtype, FewRowsLinear | RowLinear | None] | None = None
+    @property
+    def kept(self) -> Compact | Tensor:
+        """The weight as kernels take it."""
+        return self.weight.detach()
 
 
 def without_kernels(model: nn.Module, dtype: torch.dtype) -> str | None:

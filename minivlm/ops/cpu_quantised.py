@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from minivlm.kernels.cpu import few_rows
-from minivlm.kernels.cpu.few_rows import INT4, INT8
+from minivlm.kernels.cpu import few_bits
+from minivlm.kernels.cpu.few_bits import INT4, INT8
 from minivlm.kernels.cpu.single_row import LEAST_STEP
 from minivlm.kernels.quantise import GROUP, HALF, quantise_int4, quantise_int8
 from minivlm.ops import cpu_groups
@@ -58,7 +58,7 @@ def quantised_group(layers: Sequence[QuantisedLinear], small: bool) -> cpu_group
     """Layers of one input as one product; those of a small model do without kernels."""
     if layers[0].weight.dtype == torch.int8:
         return Int8Group(layers)
-    by_kernels = not small and few_rows.missing(layers[0].scale.dtype, INT4) is None
+    by_kernels = not small and few_bits.missing(layers[0].scale.dtype, INT4) is None
     return Int4Group(layers) if by_kernels else PackedInt4Group(layers)
 
 
@@ -92,7 +92,7 @@ class Int4Group(WidenedGroup):
         self.scale = self.scale.float()
 
     def rows_of(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
-        return few_rows.widened_int4(self.weight, self.scale, first, end, dtype)
+        return few_bits.widened_int4(self.weight, self.scale, first, end, dtype)
 
 
 class PackedInt4Group(cpu_groups.Group):

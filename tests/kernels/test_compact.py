@@ -5,7 +5,7 @@ import torch
 from test_single_row import threads  # noqa: F401  a fixture
 
 from minivlm.kernels.cpu.compact import DTYPES, WHOLE, Compact
-from minivlm.kernels.cpu.few_rows import missing
+from minivlm.kernels.cpu.few_bits import missing
 
 SIZES = [(1, 1), (3, 128), (5, 129), (70, 300), (2, 1000), (129, 256)]
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="compact weights need AVX-512")

@@ -13,7 +13,7 @@ from torch import nn
 import minivlm
 from minivlm import checkpoint
 from minivlm.errors import InputError
-from minivlm.kernels.cpu import few_rows, single_row
+from minivlm.kernels.cpu import few_bits, single_row
 from minivlm.ops import cpu, cpu_compact, cpu_groups, joined
 from minivlm.ops.backend import CPU, REFERENCE, SDPA, choose
 from minivlm.ops.norms import RMSNorm
@@ -53,10 +53,10 @@ def form(request, monkeypatch):
     if request.param != "by columns":
         monkeypatch.setattr(cpu_groups, "SMALL", 0)
     if request.param == "compact":
-        assert few_rows.missing(torch.float32, "compact") is None
+        assert few_bits.missing(torch.float32, "compact") is None
         monkeypatch.setattr(cpu_compact, "WORTH", math.inf)
     else:
-        monkeypatch.setattr(few_rows, "missing", lambda dtype, form: "not in this test")
+        monkeypatch.setattr(few_bits, "missing", lambda dtype, form: "not in this test")
     if request.param == "by kernels":
         assert single_row.missing_linear(torch.float32, False) is None
     else:

@@ -12,7 +12,7 @@ import minivlm
 from minivlm.decoder.mistral import MistralDecoder
 from minivlm.kernels.cpu import single_row
 from minivlm.kernels.cpu.compact import Compact
-from minivlm.kernels.cpu.few_rows import FewRowsLinear
+from minivlm.kernels.cpu.few_bits import FewBitsLinear
 from minivlm.kernels.cpu.single_row import RowLinear
 from minivlm.ops import cpu_attention
 from minivlm.ops.backend import CPU
@@ -154,8 +154,8 @@ def test_kernels_are_what_computes_a_single_row(tiny_of, form):  # noqa: F811
     decoder = decoder_of(tiny_of("next-mistral").folder, torch.bfloat16)
     step = Step(decoder, decoder.new_cache(1, 4))
     group = decoder.layers[0].self_attn.q_proj.group
-    kind = type(group.row_linear(torch.bfloat16))
-    assert kind is {"by kernels": RowLinear, "compact": FewRowsLinear}.get(form, type(None))
+    kind = type(group.kernel(torch.bfloat16, 1))
+    assert kind is {"by kernels": RowLinear, "compact": FewBitsLinear}.get(form, type(None))
     assert (step.by_kernels is not None) is (form in ("by kernels", "compact"))
 
 
@@ -167,7 +167,7 @@ def test_a_weight_that_is_not_compact_among_others(tiny_of, form, monkeypatch): 
     compact_of = Compact.of
     monkeypatch.setattr(Compact, "of", lambda weight: None if weight.shape[1] > weight.shape[0] else compact_of(weight))
     decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
-    kinds = {type(layer.mlp.down_proj.group.row_linear(torch.float32)) for layer in decoder.layers}
+    kinds = {type(layer.mlp.down_proj.group.kernel(torch.float32, 1)) for layer in decoder.layers}
     assert kinds == {RowLinear} and Step(decoder, decoder.new_cache(1, 4)).by_kernels.most_rows == 1
     ids = list(range(5, 5 + LENGTH))
     with torch.inference_mode():

@@ -36,7 +36,7 @@ def group_of(layers: list[QuantisedLinear], small: bool) -> cpu_groups.Group:
     """By the libraries, as small models are computed, or by this project's kernels."""
     group = quantised_group(layers, small)
     group.small = small
-    assert small or group.row_linear(torch.float32) is not None
+    assert small or group.kernel(torch.float32, 1) is not None
     return group
 
 

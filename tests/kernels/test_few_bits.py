@@ -1,4 +1,4 @@
-"""The CPU's products of a few rows, against float64 and against their plain forms; and recordings of kernels."""
+"""The CPU's products with weights in few bits, against float64 and against their plain forms; and recordings."""
 
 import copy
 import os
@@ -12,8 +12,9 @@ from test_compact import normal
 from test_single_row import EPS, exact, numbers, threads  # noqa: F401  a fixture
 from torch.nn.functional import silu
 
+from minivlm.kernels.cpu import few_bits, single_row
 from minivlm.kernels.cpu.compact import Compact
-from minivlm.kernels.cpu.few_rows import FewRowsLinear, missing, widened_int4
+from minivlm.kernels.cpu.few_bits import FewBitsLinear, missing, missing_tiles, widened_int4
 from minivlm.kernels.cpu.recording import Recording
 from minivlm.kernels.cpu.single_row import DTYPES, RowAttention
 from minivlm.kernels.quantise import dequantise_int4, quantise_int4, quantise_int8
@@ -22,9 +23,11 @@ pytestmark = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="th
 FORMS = [(dtype, form) for dtype in DTYPES for form in ("compact", "int8", "int4")]
 FORMS.remove((torch.float16, "compact"))
 SIZES = [(2, 128), (14, 256), (666, 384)]  # outputs, inputs
+TILES = pytest.param(True, marks=pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX"))
+by_tiles = pytest.mark.parametrize("by_tiles", [False, TILES])
 
 
-def linear_of(outputs: int, inputs: int, dtype: torch.dtype, form: str, normed: bool, swiglu: bool) -> FewRowsLinear:
+def linear_of(outputs: int, inputs: int, dtype: torch.dtype, form: str, normed: bool, swiglu: bool) -> FewBitsLinear:
     weight, scale = numbers(outputs, inputs, dtype=dtype), None
     weight[outputs // 2, 3] = 2.0**-30  # which a compact one keeps whole
     if form == "compact":
@@ -35,10 +38,10 @@ def linear_of(outputs: int, inputs: int, dtype: torch.dtype, form: str, normed: 
         weight, scale = quantise_int4(weight)
         scale = scale.float()
     norm = (1 + 0.3 * numbers(inputs)).to(dtype) if normed else None
-    return FewRowsLinear(weight, scale, norm, EPS, swiglu, dtype)
+    return FewBitsLinear(weight, scale, norm, EPS, swiglu, dtype)
 
 
-def by_hand(linear: FewRowsLinear, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+def by_hand(linear: FewBitsLinear, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """One row in float64; by int8 with the steps of x that the plain form takes."""
     if linear.form == "int8":
         return exact(linear, x, residual)
@@ -53,40 +56,86 @@ def by_hand(linear: FewRowsLinear, x: torch.Tensor, residual: torch.Tensor | Non
     return product if residual is None else residual.double() + product
 
 
+def test_they_can_be_had_here():
+    assert [missing(dtype, form) for dtype, form in FORMS] == [None] * len(FORMS)
+    tiles = [missing_tiles(dtype, form) for dtype, form in FORMS]
+    assert (tiles == [None] * len(FORMS)) is torch.cpu._is_amx_tile_supported(), tiles
+
+
+@by_tiles
 @pytest.mark.parametrize(("dtype", "form"), FORMS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_product_with_all_that_surrounds_it(sizes, dtype, form, threads):  # noqa: F811
+def test_a_product_with_all_that_surrounds_it(sizes, dtype, form, by_tiles, threads):  # noqa: F811
     """At most twice as wrong as the plain form in the same type, every number of rows, and x stays as it was."""
     cases = (0, 0, 0, (*range(1, 10), 16)), (1, 0, 0, (1, 3)), (1, 1, 0, (1, 2)), (0, 1, 1, (1, 5, 11))
+    if by_tiles:
+        cases = (0, 0, 0, (1, 15, 16, 17, 48)), (1, 0, 0, (3, 32)), (1, 1, 0, (2, 33)), (0, 1, 1, (5, 70))
     for normed, swiglu, added, counts in cases:
         linear = linear_of(*sizes, dtype, form, bool(normed), bool(swiglu))
         for rows in counts:
             x = numbers(rows, sizes[1], dtype=dtype)
             residual = numbers(rows, linear.outputs, dtype=dtype) if added else None
             before = x.clone()
-            found, plain = linear(x, residual), linear.plain(x, residual)
+            found, plain = linear(x, residual, by_tiles), linear.plain(x, residual)
             rest = [None] * rows if residual is None else residual
             expected = torch.stack([by_hand(linear, row, r) for row, r in zip(x, rest, strict=True)])
             assert found.dtype == dtype and found.shape == expected.shape and torch.equal(x, before)
             error, theirs = ((y.double() - expected).norm() for y in (found, plain))
             # Steps of x and scales are those of the plain form exactly, so what it rounds there is not seen.
             least = torch.finfo(dtype).eps * expected.norm() * (1 if form == "compact" else 4)
+            least *= 1 if sizes[0] > 2 or not by_tiles else 2  # of two numbers chance decides
             assert error <= 2 * theirs + least, (normed, swiglu, added, rows)
             alone = linear(x[0], None if residual is None else residual[0])
-            assert torch.allclose(alone, found[0], rtol=8 * torch.finfo(dtype).eps, atol=1e-5)
+            assert (alone - found[0]).double().norm() <= 8 * torch.finfo(dtype).eps * expected[0].norm()
 
 
-@pytest.mark.parametrize("rows", [*range(1, 10), 16])
+@pytest.mark.parametrize("form", ["compact", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
+def test_more_inputs_and_rows_than_are_multiplied_together(dtype, form, threads):  # noqa: F811
+    linear = linear_of(34, 4224, dtype, form, True, False)
+    x, residual = numbers(1100, 4224, dtype=dtype), numbers(1100, 34, dtype=dtype)
+    found, plain = linear(x, residual), linear.plain(x, residual)
+    some = [0, 31, 32, 1023, 1024, 1099]
+    expected = torch.stack([by_hand(linear, x[row], residual[row]) for row in some])
+    error, theirs = ((y[some].double() - expected).norm() for y in (found, plain))
+    assert error <= 2 * theirs + torch.finfo(dtype).eps * expected.norm()
+    # By int8 a number between two steps may fall to either.
+    same = 1e-3 if form == "int8" else 2 * theirs / expected.norm()
+    assert (found - plain).double().norm() <= same * plain.double().norm()
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
+def test_a_float32_is_all_of_its_three_parts():
+    """Numbers that need all 24 bits, of any size: by bfloat16 alone they would be wrong by 2^-9, by two parts 2^-17."""
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * 1e-3
+    scales = torch.logspace(-25, 25, 40)[:, None]
+    x = torch.randn(40, 1024, generator=torch.Generator().manual_seed(1)) * scales
+    found = FewBitsLinear(Compact.of(weight), None, None, 0.0, False, torch.float32)(x).double()
+    expected = x.double() @ weight.double().T
+    plain = torch.nn.functional.linear(x, weight).double()
+    error, theirs = (((y - expected) / scales).norm() for y in (found, plain))
+    assert error <= theirs
+    # Of a single product nothing is summed.
+    unit = FewBitsLinear(Compact.of(weight[:, :1].contiguous()), None, None, 0.0, False, torch.float32)
+    found, expected = unit(x[:, :1].contiguous()).double(), x[:, :1].double() @ weight[:, :1].double().T
+    assert ((found - expected) / expected).abs().max() <= 2.0**-21
+
+
+@by_tiles
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 40])
 @pytest.mark.parametrize(("dtype", "form"), FORMS)
-def test_a_row_does_not_depend_on_those_beside_it(dtype, form, rows):
+def test_a_row_does_not_depend_on_those_beside_it(dtype, form, rows, by_tiles):
     """Bit for bit, beside others that are not numbers."""
+    if rows > few_bits.MOST_ROWS and not by_tiles:
+        return
     linear = linear_of(14, 256, dtype, form, True, True)
     x = numbers(rows, 256, dtype=dtype)
-    whole = linear(x)
-    for row in range(rows):
+    whole = linear(x, None, by_tiles)
+    for row in range(0, rows, 1 + rows // 8):
         others = torch.full_like(x, torch.nan)
         others[row] = x[row]
-        found = linear(others)
+        found = linear(others, None, by_tiles)
         assert torch.equal(found[row], whole[row])
         assert found.isnan().all(-1).sum() == rows - 1
 
@@ -108,22 +157,23 @@ def test_int8_sums_are_exact(dtype):
     inputs = 1040 * 128
     weight = torch.full((9, inputs), 127, dtype=torch.int8)
     weight[3], weight[4, ::2] = -127, -127
-    linear = FewRowsLinear(weight, torch.full((9,), 2.0**-9), None, 0, False, dtype)
+    linear = FewBitsLinear(weight, torch.full((9,), 2.0**-9), None, 0, False, dtype)
     x = torch.full((2, inputs), 127 / 16, dtype=dtype)
     x[1, 1::2] = -127 / 16
     expected = ((x.double() * 16).long() @ weight.long().T).float() * 2.0**-9 * 2.0**-4
     assert torch.equal(linear(x), expected.to(dtype))
 
 
+@by_tiles
 @pytest.mark.parametrize(("dtype", "form"), FORMS)
-def test_zeros_and_what_is_not_a_number(dtype, form):
+def test_zeros_and_what_is_not_a_number(dtype, form, by_tiles):
     for normed in (False, True):
         linear = linear_of(14, 256, dtype, form, normed, True)
-        assert not linear(torch.zeros(3, 256, dtype=dtype)).any()
+        assert not linear(torch.zeros(3, 256, dtype=dtype), None, by_tiles).any()
         for broken in (torch.nan, torch.inf, -torch.inf):
             x = numbers(256, dtype=dtype)
             x[5] = broken
-            found = linear(x).isfinite()
+            found = linear(x, None, by_tiles).isfinite()
             assert torch.equal(found, linear.plain(x).isfinite()) or not found.any()
 
 
@@ -136,13 +186,15 @@ def test_weights_that_move_are_followed():
         linear.weight.lower.copy_(other.weight.lower)
 
 
-def test_wrong_kinds_are_refused():
+def test_wrong_kinds_are_refused(monkeypatch):
     bfloat16 = torch.bfloat16
     linear = linear_of(14, 256, bfloat16, "compact", True, False)
     x = numbers(3, 256, dtype=bfloat16)
     for wrong in (x.float(), x[:, :255], numbers(3, 512, dtype=bfloat16)[:, ::2], x.to("meta")):
         with pytest.raises(ValueError, match=r"row kernels: found .+ expected contiguous torch.bfloat16"):
             linear(wrong)
+    monkeypatch.setattr(few_bits, "missing_tiles", lambda dtype, form: "not in this test")
+    assert linear.most_rows == 16
     for rows in (x[:0], numbers(17, 256, dtype=bfloat16), x[None]):
         with pytest.raises(ValueError, match="expected 1 to 16 rows"):
             linear(rows)
@@ -156,7 +208,7 @@ def test_wrong_kinds_are_refused():
         ((Compact.of(normal(7, 128, dtype=bfloat16)), None, None, 0, True, bfloat16), "swiglu of 7 rows"),
     ):
         with pytest.raises(ValueError, match=message):
-            FewRowsLinear(*arguments)
+            FewBitsLinear(*arguments)
 
 
 def test_what_a_type_or_processor_lacks_is_said():
@@ -168,20 +220,31 @@ def test_what_a_type_or_processor_lacks_is_said():
 def test_where_numba_does_not_use_the_processors_vectors_there_are_none(variable):
     """LLVM would end the process; the other kernels are compiled for what there is."""
     code = (
-        "import torch; from minivlm.kernels.cpu import few_rows, single_row\n"
-        "print(few_rows.missing(torch.bfloat16, 'compact'), single_row.missing_attention(torch.float32, 16), sep='|')"
+        "import torch; from minivlm.kernels.cpu import few_bits, single_row\n"
+        "print(few_bits.missing(torch.bfloat16, 'compact'), single_row.missing_attention(torch.float32, 16),"
+        "single_row.missing_tiles(), sep='|')"
     )
     environment = {**os.environ, **dict([variable.split("=")])}
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
-    assert found == "the processor has no AVX-512, or Numba does not use it|None"
+    lacks = "the processor has no {}, or Numba does not use it"
+    assert found == f"{lacks.format('AVX-512')}|None|{lacks.format('AMX')}"
+
+
+def test_a_system_that_keeps_the_registers_of_tiles_is_named(monkeypatch):
+    from minivlm.kernels.cpu import compiling, tiles
+
+    monkeypatch.setattr(compiling, "compiles_for", lambda feature: True)
+    monkeypatch.setattr(tiles, "allowed", lambda: False)
+    assert single_row.missing_tiles.__wrapped__() == "the system does not let this process use AMX"
 
 
 @pytest.mark.parametrize("form", ["compact", "int8", "int4"])
 def test_a_wrong_product_is_noticed(form, monkeypatch):
-    call = FewRowsLinear.__call__
-    monkeypatch.setattr(FewRowsLinear, "__call__", lambda self, x, residual=None: call(self, x, residual) * 1.01)
-    assert "its result is wrong by" in missing.__wrapped__(torch.float32, form)
+    call = FewBitsLinear.__call__
+    monkeypatch.setattr(FewBitsLinear, "__call__", lambda *arguments, **more: call(*arguments, **more) * 1.01)
+    for trial in (missing, missing_tiles):
+        assert "its result is wrong by" in trial.__wrapped__(torch.float32, form)
 
 
 # ---- recordings

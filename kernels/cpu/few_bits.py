@@ -1,19 +1,22 @@
-"""Products of a few rows with a weight that is kept in few bits, on a CPU, with what surrounds them in a decoding
-step. The weight is read once for eight of them, and reading it is what takes the time.
+"""Products with a weight that is kept in few bits, on a CPU, with what surrounds them in a decoder's layer. Reading the
+weight is what takes the time of a few rows; many are multiplied by AMX, see tiles.py.
 
 Shapes:     x [B, K], weight [N, K] -> [B, N]; with swiglu the weight is [gate | up], and the result [B, N / 2].
 Weights:    Compact, of compact.py; int8 [N, K] with scale float32 [N]; int4 as of quantise.py, uint8 [N, K / 2] with
             scale float32 [N, K / 128].
 Dtypes:     float32, bfloat16; float16 with int8 and int4. By int8 x is quantised too, each row of it to steps of
             1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32; what the plain
-            forms round on the way is rounded.
-Limits:     AVX-512; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs.
+            forms round on the way is rounded. By AMX a product in float32 is six in bfloat16, three if the weight was
+            published as such; more than 16 rows meet int4 weights that are rounded to their type.
+Limits:     AVX-512; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs; 16 rows without
+            AMX. A row with an infinite number is not a number by AMX, and numbers below 2^-126 are 0.
 Bytes:      3 / 2, 1 or 17 / 32 N K, 7 / 2 N K of a float32 weight.
 Operations: 2 B N K.
 
-The compiled forms are in few_rows_numba.py.
+The compiled forms are in few_rows_numba.py and many_rows_numba.py.
 """
 
+import math
 from functools import cache
 from types import ModuleType
 
@@ -36,18 +39,28 @@ from minivlm.kernels.cpu.single_row import (
 from minivlm.kernels.quantise import dequantise_int4
 
 AT_ONCE = 8  # rows by which a weight is multiplied when it is read
-# Most rows. 16 take two readings: 2.1 ms of 5632x1024 in bfloat16 with one thread, widened for the library 1.9; but
-# what surrounds the product then comes with it.
-MOST_ROWS = 16
+MOST_ROWS = 16  # without AMX
 INT8, INT4 = "int8", "int4"
+# Most rows that are multiplied without AMX where there is AMX. Microseconds of 5632x1024, one thread, with / without:
+# bfloat16 in 12 bits 4 rows 830 / 580, 8 rows 720 / 940, 16 rows 730 / 1890; int8 4 rows 385 / 390, 16 rows 430 / 1400;
+# float32 in 28 bits 8 rows 2700 / 1750, 16 rows 2700 / 3480.
+WITHOUT_TILES = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
 
 
 @cache
-def compiled() -> ModuleType:
-    """The compiled forms, which take a third of a second to import."""
+def few_rows() -> ModuleType:
+    """The compiled forms for a few rows, which take a third of a second to import."""
     from minivlm.kernels.cpu import few_rows_numba
 
     return few_rows_numba
+
+
+@cache
+def many_rows() -> ModuleType:
+    """Those for more, by AMX."""
+    from minivlm.kernels.cpu import many_rows_numba
+
+    return many_rows_numba
 
 
 @cache
@@ -60,31 +73,42 @@ def missing(dtype: torch.dtype, form: str) -> str | None:
 
         if not compiles_for("avx512bw"):  # without it LLVM would end the process
             return "the processor has no AVX-512, or Numba does not use it"
-        numbers = torch.arange(20 * BLOCK, dtype=torch.int32, device="cpu").view(20, BLOCK) % 977
-        scale = None
-        if form == "compact":
-            weight = (numbers * 2.0**-12 * (-1.0) ** numbers).to(dtype)
-            weight[3, 5] = 2.0**-90  # which is kept whole
-            if dtype == torch.float32:
-                weight[4, 7] += 2.0**-20  # a rest
-            stored, weight = weight, Compact.of(weight)
-            if weight is None or not torch.equal(weight.expanded(), stored) or not torch.equal(weight.plain(), stored):
-                return "its weights are not what they were"
-        elif form == INT8:
-            weight, scale = (numbers % 255 - 127).to(torch.int8), torch.ones(20, device="cpu")
-        else:
-            weight, scale = (numbers % 256).to(torch.uint8)[:, ::2].contiguous(), torch.ones(20, 1, device="cpu")
-        product = FewRowsLinear(weight, scale, None, 0, False, dtype)
-        x = (numbers[:3] % 31 - 15).to(dtype)
-        return difference(product(x), product.plain(x))
+        return _tried(dtype, form, rows=3)
 
     if dtype not in (compact.DTYPES if form == "compact" else single_row.DTYPES):
         return f"there is none for {dtype}"
     return single_row.missing() or reason_of(trial)
 
 
-class FewRowsLinear:
-    """The product of up to MOST_ROWS rows with a weight, perhaps of their RMSNorm, perhaps through SwiGLU.
+@cache
+def missing_tiles(dtype: torch.dtype, form: str) -> str | None:
+    """Why they do without AMX; None if a small product by it is right."""
+    return single_row.missing_tiles() or reason_of(lambda: _tried(dtype, form, rows=17))
+
+
+def _tried(dtype: torch.dtype, form: str, rows: int) -> str | None:
+    """What is wrong with a small product."""
+    numbers = torch.arange(20 * BLOCK, dtype=torch.int32, device="cpu").view(20, BLOCK) % 977
+    scale = None
+    if form == "compact":
+        weight = (numbers * 2.0**-12 * (-1.0) ** numbers).to(dtype)
+        weight[3, 5] = 2.0**-90  # which is kept whole
+        if dtype == torch.float32:
+            weight[4, 7] += 2.0**-20  # a rest
+        stored, weight = weight, Compact.of(weight)
+        if weight is None or not torch.equal(weight.expanded(), stored) or not torch.equal(weight.plain(), stored):
+            return "its weights are not what they were"
+    elif form == INT8:
+        weight, scale = (numbers % 255 - 127).to(torch.int8), torch.ones(20, device="cpu")
+    else:
+        weight, scale = (numbers % 256).to(torch.uint8)[:, ::2].contiguous(), torch.ones(20, 1, device="cpu")
+    product = FewBitsLinear(weight, scale, None, 0, False, dtype)
+    x = (numbers[:rows] % 31 - 15).to(dtype)
+    return difference(product(x, by_tiles=rows > MOST_ROWS), product.plain(x))
+
+
+class FewBitsLinear:
+    """The product of rows with a weight, perhaps of their RMSNorm, perhaps through SwiGLU.
 
     Args:
         weight: [N, K], in one of the forms above; with swiglu [gate | up] one above the other.
@@ -93,8 +117,6 @@ class FewRowsLinear:
         swiglu: the result is silu(gate x) * (up x), [.., N / 2].
         dtype: of x, norm and the result; a Compact weight's own.
     """
-
-    most_rows = MOST_ROWS
 
     def __init__(
         self,
@@ -122,16 +144,26 @@ class FewRowsLinear:
         self.weight, self.scale, self.norm, self.eps, self.swiglu, self.dtype = weight, scale, norm, eps, swiglu, dtype
         self.outputs = rows // (1 + swiglu)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [K] or [B, K], and what the result is added to, or None -> [N] or [B, N]."""
+    @property
+    def most_rows(self) -> float:
+        """How many rows it takes at most."""
+        return MOST_ROWS if missing_tiles(self.dtype, self.form) else math.inf
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, by_tiles: bool | None = None) -> Tensor:
+        """x [K] or [B, K], and what the result is added to, or None -> [N] or [B, N]. by_tiles: whether by AMX; the
+        number of rows decides where it is None."""
         shape = (*x.shape[:-1], self.inputs)
         require_like(x, shape, self.dtype)
         rows = x.numel() // self.inputs
-        require(x.dim() <= 2 and 0 < rows <= MOST_ROWS, f"{list(x.shape)}, expected 1 to {MOST_ROWS} rows")
+        if by_tiles is None:
+            without = 4 if self.form == INT8 else WITHOUT_TILES[self.dtype]
+            by_tiles = rows > without and missing_tiles(self.dtype, self.form) is None
+        most = "1 or more" if by_tiles else f"1 to {MOST_ROWS}"
+        require(x.dim() <= 2 and rows > 0 and (by_tiles or rows <= MOST_ROWS), f"{list(x.shape)}, expected {most} rows")
         out = x.new_empty(*shape[:-1], self.outputs)
         if residual is not None:
             require_like(residual, out.shape, self.dtype)
-        return compiled().multiply(self, x, rows, residual, out)
+        return (many_rows() if by_tiles else few_rows()).multiply(self, x, rows, residual, out)
 
     def plain(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same in PyTorch."""
@@ -139,7 +171,10 @@ class FewRowsLinear:
         if self.form == "compact":
             product = linear(x, self.weight.plain())
         elif self.form == INT4:
-            product = linear(x.float(), dequantise_int4(self.weight, self.scale)).to(x.dtype)
+            weight = dequantise_int4(self.weight, self.scale)
+            if x.dim() > 1 and len(x) > MOST_ROWS:
+                weight = weight.to(x.dtype).float()
+            product = linear(x.float(), weight).to(x.dtype)
         else:
             step = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST_STEP)
             sums = linear((x.float() / step).round().double(), self.weight.double())  # of integers, exact

@@ -1,0 +1,372 @@
+"""What few_bits.py calls for more than a few rows, compiled by Numba for this processor, which must have AMX.
+
+Rows x become right tiles first, each thread's share of them, normalised, and of int8 quantised. A block of 32 outputs'
+weights becomes left tiles, 128 inputs at a time; the sums of their products are transposed to rows of results.
+
+    up to 16 rows   reading the weights is what takes the time: a part of them is multiplied while the next is widened
+    more            weights of several blocks are widened once and multiplied by all rows; of many inputs, a chunk of
+                    them at a time, so that the weights stay in the second cache, and the sums beside them
+"""
+
+import struct
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from minivlm.kernels.cpu.compact import BLOCK, Compact
+from minivlm.kernels.cpu.compact_numba import parts
+from minivlm.kernels.cpu.compiling import (
+    FLOATS,
+    LINE,
+    address_of,
+    aligned,
+    bits_of_float,
+    float_of_bits,
+    keep,
+    narrow,
+    pointer,
+    rounded,
+    share,
+    wide,
+)
+from minivlm.kernels.cpu.few_bits import INT4, INT8, FewBitsLinear
+from minivlm.kernels.cpu.openmp import barrier, run, scratch
+from minivlm.kernels.cpu.single_row_numba import normalised, silu, step_of
+from minivlm.kernels.cpu.tiles import (
+    STEP,
+    TILE,
+    clear_sums,
+    give_registers_back,
+    load_sums,
+    multiply_tiles,
+    need_registers,
+    store_sums,
+    take_registers,
+    tile_columns,
+    transpose_tile,
+)
+from minivlm.kernels.cpu.weight_rows import COMPACT, STEPS, WHOLE, tile_block
+from minivlm.kernels.cpu.weight_rows import INT4 as HALF_BYTES
+from minivlm.kernels.cpu.weight_rows import INT8 as INTEGERS
+
+FEW = 16  # rows of one tile
+OUTPUTS = 32  # of a block: two tiles of rows of the weight
+TOGETHER = 8  # blocks of which the sums of a few rows are finished together
+# Of many rows: how many blocks' weights are widened together; the bytes of them, a thread, and of their sums where they
+# are chunks. Milliseconds of 1,000 rows by 11264x1024 and 1024x2816, bfloat16 and then float32, for 16 blocks, 1 and
+# 2 MB: 19.2, 9.1, 55.8, 29.7; 8 blocks 24.0, 9.7, 57.5, 29.0; half of the weights 21.5, 9.7, 62.5, 32.6; a quarter of
+# the sums 20.0, 10.4, 63.3, 32.7.
+BLOCKS, WEIGHTS, SUMS = 16, 2**20, 2**21
+UPPER, HALF = np.uint32(0xFFFF0000), np.uint32(16)
+
+
+# ---- weights that are kept whole, see compact.py
+
+
+@njit
+def put_kept(starts, columns, values, first, end, tiles):
+    """Those of 32 rows, of which `starts` is a part, with columns from `first` to `end`, into left tiles [steps, parts,
+    2, 16, 32], where there is 0."""
+    row = 0
+    for at in range(starts[0], starts[-1]):
+        while starts[row + 1] <= at:
+            row += 1
+        if first <= columns[at] < end:
+            step, place, value = (columns[at] - first) // STEP, (columns[at] - first) % STEP, values[at]
+            for part in range(tiles.shape[1]):
+                bits = np.uint32(bits_of_float(value) & UPPER)
+                tiles[step, part, row // 16, row % 16, 2 * (place % 16) + place // 16] = bits >> HALF
+                value -= float_of_bits(bits)
+
+
+@njit
+def add_kept(starts, columns, values, packed, found):
+    """Those of some rows, of which `starts` is a part, by x in right tiles [steps, parts, 16, 16], to found [B, N]."""
+    for n in range(len(starts) - 1):
+        for at in range(starts[n], starts[n + 1]):
+            step, place = columns[at] // STEP, columns[at] % STEP
+            for part in range(packed.shape[1]):
+                for b in range(len(found)):
+                    pair = packed[step, part, place % 16, b]
+                    bits = np.uint32(pair & UPPER) if place // 16 else np.uint32(pair << HALF)
+                    found[b, n] += values[at] * float_of_bits(bits)
+
+
+# ---- what follows a product, for the outputs of a row
+
+
+@njit
+def scaled(found, scale, size):
+    """int32 sums of integers to float32, in place."""
+    for i in range(len(found)):
+        found[i] = np.float32(np.int32(bits_of_float(found[i]))) * scale[i] * size
+
+
+@njit(error_model="numpy")
+def gated(gate, up, like):
+    """silu(gate) * up in place of gate, with the roundings of a type."""
+    for i in range(len(gate)):
+        gate[i] = silu(rounded(gate[i], like))
+    for i in range(len(gate)):
+        gate[i] = rounded(gate[i], like) * rounded(up[i], like)
+
+
+@njit
+def stored(found, out):
+    for i in range(len(out)):
+        out[i] = narrow(found[i], out)
+
+
+@njit
+def stored_with(found, residual, out):
+    for i in range(len(out)):
+        out[i] = narrow(rounded(found[i], out) + wide(residual[i]), out)
+
+
+# ---- kernels
+
+
+@cache
+def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
+    """What both kernels of a type of x and a form of weights are made of.
+
+    right: how many parts x has. size: numbers of a step.
+    """
+    need_registers()
+    kind, integers, compact = FLOATS[dtype], form == INTEGERS, form in (COMPACT, WHOLE)
+    right = 1 if integers or dtype == torch.bfloat16 else 3
+    size = 2 * STEP if integers else STEP
+
+    @njit
+    def opened(arguments):
+        """The arguments as arrays: x, norm, starts, columns, values, scale, residual, out, sizes."""
+        rows, outputs, inputs, swiglu, kept = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
+        total = outputs * (1 + swiglu)
+        return (
+            carray(pointer(arguments[5]), (rows, inputs), kind),
+            carray(pointer(arguments[6]), (inputs if arguments[6] else 0,), kind),
+            carray(pointer(arguments[11]), (total + 1 if compact else 0,), np.int32),
+            carray(pointer(arguments[12]), (kept,), np.int32),
+            carray(pointer(arguments[13]), (kept,), np.float32),
+            carray(pointer(arguments[14]), (total if integers else 0,), np.float32),
+            carray(pointer(arguments[15]), (rows if arguments[15] else 0, outputs), kind),
+            carray(pointer(arguments[16]), (rows, outputs), kind),
+            carray(pointer(arguments[19]), (rows,), np.float32),
+        )
+
+    @njit(error_model="numpy")
+    def pack(x, norm, eps, unit, sizes, packed, side):
+        """Up to 16 rows x as the columns of right tiles at an address, one of so many side by side; sizes: of int8 the
+        size of a step of each. unit: [16, P] for what is in between."""
+        inputs = x.shape[1]
+        for i in range(len(x)):
+            unit[i, :inputs] = normalised(x[i], norm, eps)
+            if integers:
+                sizes[i] = step_of(unit[i])
+                for j in range(inputs):
+                    unit[i, j] = np.rint(unit[i, j] / sizes[i])
+        tile_columns(integers, right, np.int64(unit.ctypes.data), unit.shape[1], side, packed)
+
+    @njit
+    def finish(gate, up, gates, at, scale, size, residual, out):
+        """A row's sums gate, float32 [N], of the outputs from number `at` on, to results out [V]; up: those beside them,
+        if they are gates."""
+        count, outputs = len(gate), len(out)
+        if integers:
+            scaled(gate, scale[at : at + count], size)
+        if gates:
+            if integers:
+                scaled(up, scale[outputs + at : outputs + at + count], size)
+            gated(gate, up, out)
+        if len(residual):
+            stored_with(gate, residual[at : at + count], out[at : at + count])
+        else:
+            stored(gate, out[at : at + count])
+
+    return SimpleNamespace(right=right, size=size, opened=opened, pack=pack, finish=finish)
+
+
+@cache
+def some_rows_kernel(dtype: torch.dtype, form: int) -> int:
+    """The address of the kernel for up to FEW rows; its arguments are those of few_rows_numba.py's, and the addresses
+    of space for the tiles of x and for the sizes of int8's steps."""
+    pieces, integers, compact = _pieces(dtype, form), form == INTEGERS, form in (COMPACT, WHOLE)
+    opened, pack, finish, right, size = pieces.opened, pieces.pack, pieces.finish, pieces.right, pieces.size
+    grouped, form = form == HALF_BYTES, STEPS if form == HALF_BYTES else form
+    left, steps = 3 if form == WHOLE else 1, BLOCK // size  # steps of a block
+
+    def kernel(arguments):
+        take_registers()
+        x, norm, starts, columns, values, scale, residual, out, _ = opened(arguments)
+        rows, outputs, parts = len(x), out.shape[1], 1 + arguments[3]
+        a, b, c, d = arguments[7], arguments[8], arguments[9], arguments[10]
+        blocks = -(-x.shape[1] // BLOCK)
+        padded = blocks * BLOCK
+        unit, sizes = aligned(FEW * padded).reshape(FEW, padded), np.empty(rows, np.float32)
+        unit[:, x.shape[1] :] = 0
+        space = aligned(blocks * steps * right * TILE // 4)  # each thread has its own tiles of x
+        tiles_of_x = np.int64(space.ctypes.data)
+        packed = space.view(np.uint32).reshape(blocks * steps, right, 16, 16)
+        pack(x, norm, float_of_bits(np.uint32(arguments[17])), unit, sizes, tiles_of_x, 1)
+        half = steps * left * 2 * TILE
+        weights, sums = aligned(2 * half // 4), aligned(2 * 256)  # two blocks' tiles; the sums' tiles
+        weights_at, sums_at = np.int64(weights.ctypes.data), np.int64(sums.ctypes.data)
+        lines, scales = sums.reshape(OUTPUTS, 16), carray(pointer(b), (parts * outputs, blocks), np.float32)
+        totals, group = aligned(OUTPUTS * 16).reshape(OUTPUTS, 16), TOGETHER * OUTPUTS
+        found = aligned(2 * FEW * group).reshape(2, FEW, group)
+        first, end = share(-(-outputs // OUTPUTS))
+        for number in range(first, end):
+            at, count = number * OUTPUTS, min(OUTPUTS, outputs - number * OUTPUTS)
+            place = (number - first) % TOGETHER * OUTPUTS
+            for part in range(parts):
+                row = part * outputs + at
+                later = (row + outputs if part + 1 < parts else at + OUTPUTS) * padded
+                clear_sums(1)
+                totals[:] = 0
+                for block in range(blocks + 1):
+                    if block:
+                        here = weights_at + (block - 1) % 2 * half
+                        there = tiles_of_x + (block - 1) * steps * right * TILE
+                        multiply_tiles(integers, left, right, 1, here, there, steps, there)
+                        if grouped:
+                            store_sums(1, sums_at)
+                            clear_sums(1)
+                            for i in range(count):
+                                for j in range(16):
+                                    totals[i, j] += lines[i, j] * scales[row + i, block - 1]
+                    if block < blocks:
+                        here, more = weights_at + block % 2 * half, later + OUTPUTS * BLOCK * block
+                        tile_block(form, left, a, b, c, d, padded, row, count, block * BLOCK, more, here)
+                store_sums(1, sums_at)
+                if grouped:
+                    lines[:] = totals
+                for i in range(2):
+                    to = np.int64(found[part, 0, place + 16 * i :].ctypes.data)
+                    transpose_tile(sums_at + TILE * i, to, found.strides[1])
+                if compact:
+                    add_kept(starts[row : row + count + 1], columns, values, packed, found[part, :rows, place:])
+            if place + OUTPUTS == group or number + 1 == end:
+                begin = at - place
+                for i in range(rows):
+                    added = residual[i] if len(residual) else residual.reshape(-1)
+                    gate, up = found[0, i, : at + count - begin], found[1, i, : at + count - begin]
+                    finish(gate, up, parts > 1, begin, scale, sizes[i], added, out[i])
+        give_registers_back()
+        keep(space)
+        keep(weights)
+        keep(sums)
+
+    return address_of(kernel, f"some_rows_{dtype}_{form}")
+
+
+@cache
+def many_rows_kernel(dtype: torch.dtype, form: int) -> int:
+    """The address of the kernel for more rows, with the same arguments."""
+    pieces, integers, compact = _pieces(dtype, form), form == INTEGERS, form in (COMPACT, WHOLE)
+    opened, pack, finish, right, size = pieces.opened, pieces.pack, pieces.finish, pieces.right, pieces.size
+    left, steps = 1 if form in (COMPACT, INTEGERS) or right == 1 else 3, BLOCK // size
+
+    @njit
+    def widen(weight, row, count, begin, end, tiles):
+        """Columns [begin, end) of so many rows of a weight, up to 32, to left tiles [steps, parts, 2, 16, 32]."""
+        a, b, c, d, padded, starts, columns, values = weight
+        at = np.int64(tiles.ctypes.data)
+        for column in range(begin, end, BLOCK):
+            here = at + (column - begin) // size * left * 2 * TILE
+            tile_block(
+                form, left, a, b, c, d, padded, row, count, column, (row + OUTPUTS) * padded + OUTPUTS * column, here
+            )
+        if compact:
+            put_kept(starts[row : row + count + 1], columns, values, begin, end, tiles)
+
+    def kernel(arguments):
+        take_registers()
+        x, norm, starts, columns, values, scale, residual, out, sizes = opened(arguments)
+        (rows, inputs), outputs, parts = x.shape, out.shape[1], 1 + arguments[3]
+        padded = -(-inputs // BLOCK) * BLOCK
+        tiles_of_x, x_bytes = arguments[18], padded // size * right * 2 * TILE  # of 32 rows
+        unit = aligned(16 * padded).reshape(16, padded)
+        unit[:, inputs:] = 0
+        first, end = share(-(-rows // 16))
+        for i in range(first, end):
+            to = tiles_of_x + i // 2 * x_bytes + i % 2 * TILE
+            some = slice(16 * i, 16 * i + 16)
+            pack(x[some], norm, float_of_bits(np.uint32(arguments[17])), unit, sizes[some], to, 2)
+        barrier()
+        weight = arguments[7], arguments[8], arguments[9], arguments[10], padded, starts, columns, values
+        group = BLOCKS // parts  # blocks of outputs
+        chunk = min(padded // size, max(steps, WEIGHTS // (BLOCKS * left * 2 * TILE) // steps * steps))  # steps
+        pairs = -(-rows // 32)
+        together = pairs if chunk * size >= padded else max(1, SUMS // (BLOCKS * 4 * TILE))
+        space = aligned(BLOCKS * chunk * left * 2 * TILE // 4)
+        tiles = space.view(np.uint16).reshape(BLOCKS, chunk, left, 2, 16, 32)
+        sums = aligned(BLOCKS * (together if chunk * size < padded else 1) * 4 * 256).reshape(BLOCKS, -1, 4, 256)
+        found = aligned(2 * 32 * OUTPUTS * group).reshape(2, 32, OUTPUTS * group)
+        first, end = share(-(-outputs // OUTPUTS))
+        for at in range(first * OUTPUTS, min(end * OUTPUTS, outputs), group * OUTPUTS):
+            count = min(group * OUTPUTS, end * OUTPUTS - at, outputs - at)
+            blocks = -(-count // OUTPUTS)
+            for pair in range(0, pairs, together):
+                for begin in range(0, padded, chunk * size):
+                    stop = min(begin + chunk * size, padded)
+                    for block in range(parts * blocks):
+                        row = block // blocks * outputs + at + block % blocks * OUTPUTS
+                        widen(weight, row, min(OUTPUTS, count - block % blocks * OUTPUTS), begin, stop, tiles[block])
+                    for i in range(pair, min(pair + together, pairs)):
+                        there = tiles_of_x + i * x_bytes + begin // size * right * 2 * TILE
+                        for block in range(parts * blocks):
+                            here = np.int64(tiles[block].ctypes.data)
+                            to = np.int64(sums[block, (i - pair) % sums.shape[1]].ctypes.data)
+                            later = there + x_bytes + block * x_bytes // BLOCKS
+                            if begin:
+                                load_sums(2, to)
+                            else:
+                                clear_sums(2)
+                            multiply_tiles(integers, left, right, 2, here, there, (stop - begin) // size, later)
+                            store_sums(2, to)
+                            if stop == padded:
+                                place = found[block // blocks, 0, block % blocks * OUTPUTS :]
+                                for j in range(4):
+                                    line = np.int64(place.ctypes.data) + j % 2 * 16 * found.strides[1] + j // 2 * LINE
+                                    transpose_tile(to + TILE * j, line, found.strides[1])
+                        for j in range(min(32, rows - 32 * i) if stop == padded else 0):
+                            row = 32 * i + j
+                            added = residual[row] if len(residual) else residual.reshape(-1)
+                            finish(
+                                found[0, j, :count],
+                                found[1, j, :count],
+                                parts > 1,
+                                at,
+                                scale,
+                                sizes[row],
+                                added,
+                                out[row],
+                            )
+        give_registers_back()
+
+    return address_of(kernel, f"many_rows_{dtype}_{form}")
+
+
+def multiply(product: FewBitsLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
+    """`FewBitsLinear` of so many rows x, into `out`."""
+    weight = product.weight
+    if isinstance(weight, Compact):
+        form, kept, scale = COMPACT if weight.rest is None else WHOLE, len(weight.values), None
+        read = parts(weight)
+    else:
+        form, kept, scale = {INT8: (INTEGERS, 0, product.scale), INT4: (HALF_BYTES, 0, None)}[product.form]
+        read = weight, product.scale, *[None] * 5
+    (eps,) = struct.unpack("i", struct.pack("f", product.eps))
+    sizes = product.outputs, product.inputs, int(product.swiglu), kept
+    if rows <= FEW:
+        kernel, space = some_rows_kernel(product.dtype, form), ()
+    else:
+        bytes_ = 1 if form == INTEGERS else 2 if product.dtype == torch.bfloat16 else 6  # of a number in tiles
+        numbers = -(-rows // 32) * 32 * -(-product.inputs // BLOCK) * BLOCK
+        kernel, space = many_rows_kernel(product.dtype, form), (scratch(numbers * bytes_), scratch(4 * rows))
+    run(kernel, rows, *sizes, x, product.norm, *read, scale, residual, out, eps, *(space or (None, None)))
+    return out
