@@ -117,12 +117,14 @@ def gated(gate, up, like):
 
 @njit
 def stored(found, out):
+    """Results as they are."""
     for i in range(len(out)):
         out[i] = narrow(found[i], out)
 
 
 @njit
 def stored_with(found, residual, out):
+    """Results that are added to a residual."""
     for i in range(len(out)):
         out[i] = narrow(rounded(found[i], out) + wide(residual[i]), out)
 
@@ -173,8 +175,8 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
 
     @njit
     def finish(gate, up, gates, at, scale, size, residual, out):
-        """A row's sums gate, float32 [N], of the outputs from number `at` on, to results out [V]; up: those beside them,
-        if they are gates."""
+        """A row's sums gate, float32 [N], of the outputs from number `at` on, to results out [V]; up: those beside,
+        if they are gates. residual: [1, V], or nothing."""
         count, outputs = len(gate), len(out)
         if integers:
             scaled(gate, scale[at : at + count], size)
@@ -183,92 +185,111 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
                 scaled(up, scale[outputs + at : outputs + at + count], size)
             gated(gate, up, out)
         if len(residual):
-            stored_with(gate, residual[at : at + count], out[at : at + count])
+            stored_with(gate, residual[0, at : at + count], out[at : at + count])
         else:
             stored(gate, out[at : at + count])
 
     return SimpleNamespace(right=right, size=size, opened=opened, pack=pack, finish=finish)
 
 
+def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
+    """What the kernel for up to FEW rows is made of besides. half, of_x: bytes of the tiles of a block's weights and of
+    its x."""
+    pieces, integers = _pieces(dtype, form), form == INTEGERS
+    right, grouped, form = pieces.right, form == HALF_BYTES, STEPS if form == HALF_BYTES else form
+    left, steps = 3 if form == WHOLE else 1, BLOCK // pieces.size  # steps of a block
+    half, of_x = steps * left * 2 * TILE, steps * right * TILE
+
+    @njit
+    def multiply_rows(weight, row, count, later, tiles_of_x, space, sums, totals):
+        """So many rows of a weight, up to 32, by x in its tiles to sums [32, 16]. later: the row behind, at which to go
+        on. space, totals: for the tiles of two blocks, and the sums of groups [32, 16]."""
+        a, b, c, d, padded = weight
+        blocks, here, to = padded // BLOCK, np.int64(space.ctypes.data), np.int64(sums.ctypes.data)
+        scales = carray(pointer(b), (row + count, blocks), np.float32)
+        clear_sums(1)
+        totals[:] = 0
+        for block in range(blocks + 1):
+            if block:
+                there = tiles_of_x + (block - 1) * of_x
+                multiply_tiles(integers, left, right, 1, here + (block - 1) % 2 * half, there, steps, there)
+                if grouped:
+                    store_sums(1, to)
+                    clear_sums(1)
+                    for i in range(count):
+                        for j in range(16):
+                            totals[i, j] += sums[i, j] * scales[row + i, block - 1]
+            if block < blocks:
+                more = later * padded + OUTPUTS * BLOCK * block
+                tile_block(form, left, a, b, c, d, padded, row, count, block * BLOCK, more, here + block % 2 * half)
+        store_sums(1, to)
+        if grouped:
+            sums[:] = totals
+
+    return SimpleNamespace(half=half, of_x=of_x, multiply_rows=multiply_rows)
+
+
 @cache
 def some_rows_kernel(dtype: torch.dtype, form: int) -> int:
     """The address of the kernel for up to FEW rows; its arguments are those of few_rows_numba.py's, and the addresses
     of space for the tiles of x and for the sizes of int8's steps."""
-    pieces, integers, compact = _pieces(dtype, form), form == INTEGERS, form in (COMPACT, WHOLE)
-    opened, pack, finish, right, size = pieces.opened, pieces.pack, pieces.finish, pieces.right, pieces.size
-    grouped, form = form == HALF_BYTES, STEPS if form == HALF_BYTES else form
-    left, steps = 3 if form == WHOLE else 1, BLOCK // size  # steps of a block
+    pieces, more, compact = _pieces(dtype, form), _of_some_rows(dtype, form), form in (COMPACT, WHOLE)
+    opened, pack, finish, right = pieces.opened, pieces.pack, pieces.finish, pieces.right
+    multiply_rows, half, of_x = more.multiply_rows, more.half, more.of_x
 
     def kernel(arguments):
         take_registers()
         x, norm, starts, columns, values, scale, residual, out, _ = opened(arguments)
-        rows, outputs, parts = len(x), out.shape[1], 1 + arguments[3]
-        a, b, c, d = arguments[7], arguments[8], arguments[9], arguments[10]
-        blocks = -(-x.shape[1] // BLOCK)
+        rows, outputs, parts, blocks = len(x), out.shape[1], 1 + arguments[3], -(-x.shape[1] // BLOCK)
         padded = blocks * BLOCK
+        weight = arguments[7], arguments[8], arguments[9], arguments[10], padded
         unit, sizes = aligned(FEW * padded).reshape(FEW, padded), np.empty(rows, np.float32)
         unit[:, x.shape[1] :] = 0
-        space = aligned(blocks * steps * right * TILE // 4)  # each thread has its own tiles of x
-        tiles_of_x = np.int64(space.ctypes.data)
-        packed = space.view(np.uint32).reshape(blocks * steps, right, 16, 16)
+        tiles = aligned(blocks * of_x // 4)  # each thread has its own tiles of x
+        packed, tiles_of_x = tiles.view(np.uint32).reshape(-1, right, 16, 16), np.int64(tiles.ctypes.data)
         pack(x, norm, float_of_bits(np.uint32(arguments[17])), unit, sizes, tiles_of_x, 1)
-        half = steps * left * 2 * TILE
-        weights, sums = aligned(2 * half // 4), aligned(2 * 256)  # two blocks' tiles; the sums' tiles
-        weights_at, sums_at = np.int64(weights.ctypes.data), np.int64(sums.ctypes.data)
-        lines, scales = sums.reshape(OUTPUTS, 16), carray(pointer(b), (parts * outputs, blocks), np.float32)
-        totals, group = aligned(OUTPUTS * 16).reshape(OUTPUTS, 16), TOGETHER * OUTPUTS
+        sums, totals = aligned(2 * OUTPUTS * 16).reshape(2, OUTPUTS, 16)
+        space, group = aligned(2 * half // 4), TOGETHER * OUTPUTS
         found = aligned(2 * FEW * group).reshape(2, FEW, group)
         first, end = share(-(-outputs // OUTPUTS))
         for number in range(first, end):
-            at, count = number * OUTPUTS, min(OUTPUTS, outputs - number * OUTPUTS)
-            place = (number - first) % TOGETHER * OUTPUTS
+            at, place = number * OUTPUTS, (number - first) % TOGETHER * OUTPUTS
+            count = min(OUTPUTS, outputs - at)
             for part in range(parts):
                 row = part * outputs + at
-                later = (row + outputs if part + 1 < parts else at + OUTPUTS) * padded
-                clear_sums(1)
-                totals[:] = 0
-                for block in range(blocks + 1):
-                    if block:
-                        here = weights_at + (block - 1) % 2 * half
-                        there = tiles_of_x + (block - 1) * steps * right * TILE
-                        multiply_tiles(integers, left, right, 1, here, there, steps, there)
-                        if grouped:
-                            store_sums(1, sums_at)
-                            clear_sums(1)
-                            for i in range(count):
-                                for j in range(16):
-                                    totals[i, j] += lines[i, j] * scales[row + i, block - 1]
-                    if block < blocks:
-                        here, more = weights_at + block % 2 * half, later + OUTPUTS * BLOCK * block
-                        tile_block(form, left, a, b, c, d, padded, row, count, block * BLOCK, more, here)
-                store_sums(1, sums_at)
-                if grouped:
-                    lines[:] = totals
+                later = row + outputs if part + 1 < parts else at + OUTPUTS
+                multiply_rows(weight, row, count, later, tiles_of_x, space, sums, totals)
                 for i in range(2):
                     to = np.int64(found[part, 0, place + 16 * i :].ctypes.data)
-                    transpose_tile(sums_at + TILE * i, to, found.strides[1])
+                    transpose_tile(np.int64(sums[16 * i :].ctypes.data), to, found.strides[1])
                 if compact:
                     add_kept(starts[row : row + count + 1], columns, values, packed, found[part, :rows, place:])
             if place + OUTPUTS == group or number + 1 == end:
-                begin = at - place
+                begin, width = at - place, place + count
                 for i in range(rows):
-                    added = residual[i] if len(residual) else residual.reshape(-1)
-                    gate, up = found[0, i, : at + count - begin], found[1, i, : at + count - begin]
-                    finish(gate, up, parts > 1, begin, scale, sizes[i], added, out[i])
+                    gate, up = found[0, i, :width], found[1, i, :width]
+                    finish(gate, up, parts > 1, begin, scale, sizes[i], residual[i : i + 1], out[i])
         give_registers_back()
-        keep(space)
-        keep(weights)
-        keep(sums)
+        keep(tiles)
 
     return address_of(kernel, f"some_rows_{dtype}_{form}")
 
 
-@cache
-def many_rows_kernel(dtype: torch.dtype, form: int) -> int:
-    """The address of the kernel for more rows, with the same arguments."""
+def _of_many_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
+    """What the kernel for more rows is made of besides."""
     pieces, integers, compact = _pieces(dtype, form), form == INTEGERS, form in (COMPACT, WHOLE)
-    opened, pack, finish, right, size = pieces.opened, pieces.pack, pieces.finish, pieces.right, pieces.size
-    left, steps = 1 if form in (COMPACT, INTEGERS) or right == 1 else 3, BLOCK // size
+    pack, right, size = pieces.pack, pieces.right, pieces.size
+    left = 1 if form in (COMPACT, INTEGERS) or right == 1 else 3
+
+    @njit
+    def pack_all(x, norm, eps, padded, sizes, to, of_pair):
+        """This thread's share of rows x to tiles at an address, so many bytes of two times 16 rows side by side."""
+        unit = aligned(16 * padded).reshape(16, padded)
+        unit[:, x.shape[1] :] = 0
+        first, end = share(-(-len(x) // 16))
+        for i in range(first, end):
+            some = slice(16 * i, 16 * i + 16)
+            pack(x[some], norm, eps, unit, sizes[some], to + i // 2 * of_pair + i % 2 * TILE, 2)
 
     @njit
     def widen(weight, row, count, begin, end, tiles):
@@ -277,75 +298,80 @@ def many_rows_kernel(dtype: torch.dtype, form: int) -> int:
         at = np.int64(tiles.ctypes.data)
         for column in range(begin, end, BLOCK):
             here = at + (column - begin) // size * left * 2 * TILE
-            tile_block(
-                form, left, a, b, c, d, padded, row, count, column, (row + OUTPUTS) * padded + OUTPUTS * column, here
-            )
+            more = (row + OUTPUTS) * padded + OUTPUTS * column
+            tile_block(form, left, a, b, c, d, padded, row, count, column, more, here)
         if compact:
             put_kept(starts[row : row + count + 1], columns, values, begin, end, tiles)
+
+    @njit
+    def multiply_blocks(tiles, x, of_pair, begin, steps, sums):
+        """Several blocks' tiles of a weight by those of 32 rows x, to sums [B, 4, 256]; added to them unless their
+        columns begin with number 0. What follows the rows, so many bytes behind, is fetched meanwhile."""
+        for block in range(len(tiles)):
+            here, to = np.int64(tiles[block].ctypes.data), np.int64(sums[block].ctypes.data)
+            if begin:
+                load_sums(2, to)
+            else:
+                clear_sums(2)
+            later = x + of_pair + block * of_pair // BLOCKS
+            multiply_tiles(integers, left, right, 2, here, x, steps, later)
+            store_sums(2, to)
+
+    @njit
+    def collect(sums, blocks, found):
+        """Sums [B, 4, 256] to results [P, 32, N] of P parts, each of so many blocks."""
+        for block in range(len(sums)):
+            tiles, place = sums[block], found[block // blocks, 0, block % blocks * OUTPUTS :]
+            for j in range(4):
+                to = np.int64(place.ctypes.data) + j % 2 * 16 * found.strides[1] + j // 2 * LINE
+                transpose_tile(np.int64(tiles[j].ctypes.data), to, found.strides[1])
+
+    return SimpleNamespace(left=left, pack_all=pack_all, widen=widen, multiply_blocks=multiply_blocks, collect=collect)
+
+
+@cache
+def many_rows_kernel(dtype: torch.dtype, form: int) -> int:
+    """The address of the kernel for more rows, with the same arguments."""
+    pieces, more = _pieces(dtype, form), _of_many_rows(dtype, form)
+    opened, finish, right, size, left = pieces.opened, pieces.finish, pieces.right, pieces.size, more.left
+    pack_all, widen, multiply_blocks, collect = more.pack_all, more.widen, more.multiply_blocks, more.collect
+    step = left * 2 * TILE  # bytes of a step of a block
+    columns_together = max(BLOCK, WEIGHTS // (BLOCKS * step) * size // BLOCK * BLOCK)
 
     def kernel(arguments):
         take_registers()
         x, norm, starts, columns, values, scale, residual, out, sizes = opened(arguments)
-        (rows, inputs), outputs, parts = x.shape, out.shape[1], 1 + arguments[3]
-        padded = -(-inputs // BLOCK) * BLOCK
-        tiles_of_x, x_bytes = arguments[18], padded // size * right * 2 * TILE  # of 32 rows
-        unit = aligned(16 * padded).reshape(16, padded)
-        unit[:, inputs:] = 0
-        first, end = share(-(-rows // 16))
-        for i in range(first, end):
-            to = tiles_of_x + i // 2 * x_bytes + i % 2 * TILE
-            some = slice(16 * i, 16 * i + 16)
-            pack(x[some], norm, float_of_bits(np.uint32(arguments[17])), unit, sizes[some], to, 2)
+        rows, outputs, parts, padded = len(x), out.shape[1], 1 + arguments[3], -(-x.shape[1] // BLOCK) * BLOCK
+        tiles_of_x, of_pair = arguments[18], padded // size * right * 2 * TILE
+        pack_all(x, norm, float_of_bits(np.uint32(arguments[17])), padded, sizes, tiles_of_x, of_pair)
         barrier()
         weight = arguments[7], arguments[8], arguments[9], arguments[10], padded, starts, columns, values
+        pairs, chunk = -(-rows // 32), min(padded, columns_together)
+        together = pairs if chunk == padded else max(1, SUMS // (BLOCKS * 4 * TILE))  # of which each has its sums
         group = BLOCKS // parts  # blocks of outputs
-        chunk = min(padded // size, max(steps, WEIGHTS // (BLOCKS * left * 2 * TILE) // steps * steps))  # steps
-        pairs = -(-rows // 32)
-        together = pairs if chunk * size >= padded else max(1, SUMS // (BLOCKS * 4 * TILE))
-        space = aligned(BLOCKS * chunk * left * 2 * TILE // 4)
-        tiles = space.view(np.uint16).reshape(BLOCKS, chunk, left, 2, 16, 32)
-        sums = aligned(BLOCKS * (together if chunk * size < padded else 1) * 4 * 256).reshape(BLOCKS, -1, 4, 256)
+        tiles = aligned(BLOCKS * chunk // size * step // 4).view(np.uint16).reshape(BLOCKS, -1, left, 2, 16, 32)
+        sums = aligned(BLOCKS * (1 if chunk == padded else together) * 4 * 256).reshape(-1, BLOCKS, 4, 256)
         found = aligned(2 * 32 * OUTPUTS * group).reshape(2, 32, OUTPUTS * group)
         first, end = share(-(-outputs // OUTPUTS))
         for at in range(first * OUTPUTS, min(end * OUTPUTS, outputs), group * OUTPUTS):
             count = min(group * OUTPUTS, end * OUTPUTS - at, outputs - at)
             blocks = -(-count // OUTPUTS)
             for pair in range(0, pairs, together):
-                for begin in range(0, padded, chunk * size):
-                    stop = min(begin + chunk * size, padded)
+                for begin in range(0, padded, chunk):
+                    stop = min(begin + chunk, padded)
                     for block in range(parts * blocks):
-                        row = block // blocks * outputs + at + block % blocks * OUTPUTS
-                        widen(weight, row, min(OUTPUTS, count - block % blocks * OUTPUTS), begin, stop, tiles[block])
+                        first_of_block = block % blocks * OUTPUTS
+                        row = block // blocks * outputs + at + first_of_block
+                        widen(weight, row, min(OUTPUTS, count - first_of_block), begin, stop, tiles[block])
                     for i in range(pair, min(pair + together, pairs)):
-                        there = tiles_of_x + i * x_bytes + begin // size * right * 2 * TILE
-                        for block in range(parts * blocks):
-                            here = np.int64(tiles[block].ctypes.data)
-                            to = np.int64(sums[block, (i - pair) % sums.shape[1]].ctypes.data)
-                            later = there + x_bytes + block * x_bytes // BLOCKS
-                            if begin:
-                                load_sums(2, to)
-                            else:
-                                clear_sums(2)
-                            multiply_tiles(integers, left, right, 2, here, there, (stop - begin) // size, later)
-                            store_sums(2, to)
-                            if stop == padded:
-                                place = found[block // blocks, 0, block % blocks * OUTPUTS :]
-                                for j in range(4):
-                                    line = np.int64(place.ctypes.data) + j % 2 * 16 * found.strides[1] + j // 2 * LINE
-                                    transpose_tile(to + TILE * j, line, found.strides[1])
-                        for j in range(min(32, rows - 32 * i) if stop == padded else 0):
-                            row = 32 * i + j
-                            added = residual[row] if len(residual) else residual.reshape(-1)
-                            finish(
-                                found[0, j, :count],
-                                found[1, j, :count],
-                                parts > 1,
-                                at,
-                                scale,
-                                sizes[row],
-                                added,
-                                out[row],
-                            )
+                        these = sums[(i - pair) % len(sums), : parts * blocks]
+                        there = tiles_of_x + i * of_pair + begin // size * right * 2 * TILE
+                        multiply_blocks(tiles[: parts * blocks], there, of_pair, begin, (stop - begin) // size, these)
+                        if stop == padded:
+                            collect(these, blocks, found)
+                        for row in range(32 * i, min(32 * i + 32, rows) if stop == padded else 0):
+                            gate, up = found[0, row % 32, :count], found[1, row % 32, :count]
+                            finish(gate, up, parts > 1, at, scale, sizes[row], residual[row : row + 1], out[row])
         give_registers_back()
 
     return address_of(kernel, f"many_rows_{dtype}_{form}")

@@ -120,6 +120,8 @@ def give_registers_back(context):
 
 @intrinsic(prefer_literal=True)
 def clear_sums(context, columns):
+    """To 0."""
+
     def emit(builder, columns_):
         for register in range(2 * columns.literal_value):
             _amx(builder, "tilezero", _register(register))

@@ -25,9 +25,11 @@ from minivlm.ops.rows import Rows
 # one by one it takes a call for each row, the time in which so many bytes of the cache are read: measured with 8 and 32
 # rows of the shipped checkpoint in bfloat16 and float32. Equally long rows of 300 keys take two thirds of the time.
 CALL = 80_000
-# The least products of a query and a key, in all channels and heads, for which a kernel is loaded, 577 patches of 4
-# heads of 64 channels. TODO
-LARGE = 2**26
+# Attention of many queries has a kernel from so many channels of all heads on, which small models do not have, see
+# cpu_groups.py, and so many of them by queries by keys. Microseconds of n queries by as many keys, 16 heads of 64
+# channels, bfloat16 and float32, the kernel / SDPA: 128 502 / 506 and 536 / 739, 256 1051 / 1413 and 1371 / 2544, 512
+# 2862 / 5023 and 4254 / 9950.
+WIDE, LARGE = 512, 2**25
 
 Attend = Callable[[int, Tensor], Tensor]  # (number of the layer, q [.., H, C]) -> [B, K, H/K, C]
 
@@ -118,7 +120,7 @@ def _one_after_another(
 
 def _has_kernel(q: Tensor, keys: int) -> bool:
     """Whether queries q [n, H, C] go through this project's kernel."""
-    if q.numel() * keys < LARGE or q.requires_grad:
+    if q.numel() * keys < LARGE or q.shape[1] * q.shape[2] < WIDE or q.requires_grad:
         return False
     return attention_prefill.missing(q.dtype, q.shape[2]) is None
 
