@@ -57,18 +57,18 @@ def weigh_scores(scores, lo, hi, factor, peaks, totals):
 
 
 @cache
-def _pieces(dtype: torch.dtype, channels: int) -> SimpleNamespace:
-    """What the kernel of a type and a width of heads is made of.
+def _pieces(dtype: torch.dtype) -> SimpleNamespace:
+    """What the kernel of a type is made of.
 
-    rows: float32 [32, width], of queries, keys, values or results. two_tiles: bytes of a step of a right factor.
+    rows: float32 [32, 32 P], of queries, keys, values or results, the channels in P pairs of tiles. two_tiles: bytes of
+    such a pair.
     """
     need_registers()
     kind, parts = list(FLOATS).index(dtype), 1 if dtype == torch.bfloat16 else 3
-    rounds, pairs, two_tiles = int(parts == 1), -(-channels // 32), 2 * TILE * parts
-    width = 32 * pairs
+    rounds, two_tiles = int(parts == 1), 2 * TILE * parts
 
     @njit
-    def fetch(x, head, at, count, rows):
+    def fetch(x, channels, head, at, count, rows):
         """So many positions of a head, from number `at` on; zeros beyond."""
         address, between, of_head = x
         address += at * between + head * of_head
@@ -78,24 +78,24 @@ def _pieces(dtype: torch.dtype, channels: int) -> SimpleNamespace:
         rows[count:] = 0
 
     @njit
-    def tile_step(k, v, keys, unit, rows, tiles_of_k, tiles_of_v):
+    def tile_step(k, v, channels, keys, unit, rows, tiles_of_k, tiles_of_v):
         """A step of a head's keys and values, by its number among all, to tiles."""
-        steps, at, line = -(-keys // STEP), np.int64(rows.ctypes.data), rows.strides[0]
+        steps, at, line, pairs = -(-keys // STEP), np.int64(rows.ctypes.data), rows.strides[0], rows.shape[1] // 32
         head, step = unit // steps, unit % steps
         count = min(STEP, keys - STEP * step)
-        fetch(k, head, STEP * step, count, rows)
+        fetch(k, channels, head, STEP * step, count, rows)
         for half in range(2):
             to = tiles_of_k + unit * pairs * two_tiles + half * TILE
-            tile_columns(0, parts, at + 16 * half * line, width, 2, to)
-        fetch(v, head, STEP * step, count, rows)
+            tile_columns(0, parts, at + 16 * half * line, 32 * pairs, 2, to)
+        fetch(v, channels, head, STEP * step, count, rows)
         for pair in range(pairs):
             tile_pairs(parts, at + 128 * pair, line, tiles_of_v + ((head * pairs + pair) * steps + step) * two_tiles)
 
     @njit
     def score(rows, tiles, begin, stop, asked, scores):
         """32 queries by a head's keys of the steps from `begin` on to scores [32, t]; asked: space for their tiles."""
-        left, to = np.int64(asked.ctypes.data), np.int64(scores.ctypes.data)
-        tile_rows(parts, 0, np.int64(rows.ctypes.data), rows.strides[0], width, left)
+        left, to, pairs = np.int64(asked.ctypes.data), np.int64(scores.ctypes.data), rows.shape[1] // 32
+        tile_rows(parts, 0, np.int64(rows.ctypes.data), rows.strides[0], 32 * pairs, left)
         for step in range(begin, stop):
             right = tiles + step * pairs * two_tiles
             clear_sums(2)
@@ -107,26 +107,24 @@ def _pieces(dtype: torch.dtype, channels: int) -> SimpleNamespace:
         """32 queries' weights [32, t] by those keys' values to rows; weights: space for their tiles."""
         left, to = np.int64(weights.ctypes.data), np.int64(rows.ctypes.data)
         tile_rows(parts, rounds, np.int64(scores.ctypes.data), scores.strides[0], scores.shape[1], left)
-        for pair in range(pairs):
+        for pair in range(rows.shape[1] // 32):
             right = tiles + (pair * steps + begin) * two_tiles
             clear_sums(2)
             multiply_tiles(0, parts, parts, 2, left, right, stop - begin, right)
             store_rows(to + 128 * pair, rows.strides[0])
 
-    return SimpleNamespace(
-        fetch=fetch, tile_step=tile_step, score=score, mix=mix, pairs=pairs, two_tiles=two_tiles, width=width
-    )
+    return SimpleNamespace(fetch=fetch, tile_step=tile_step, score=score, mix=mix, two_tiles=two_tiles)
 
 
 @cache
-def attention_kernel(dtype: torch.dtype, channels: int) -> int:
+def attention_kernel(dtype: torch.dtype) -> int:
     """The address of the kernel behind `attention`, whose arguments are: queries, keys, query heads, those of a group;
     of q, k and v each its address and how many numbers are between two positions and two heads; the addresses of lo and
-    hi, of space for the tiles of keys and of values, and of the result.
+    hi, of space for the tiles of keys and of values, and of the result; the channels of a head.
     """
-    pieces, stored, factor = _pieces(dtype, channels), FLOATS[dtype], np.float32(channels**-0.5 * math.log2(math.e))
-    fetch, tile_step, score, mix = pieces.fetch, pieces.tile_step, pieces.score, pieces.mix
-    size, width, of_step = np.dtype(stored).itemsize, pieces.width, pieces.pairs * pieces.two_tiles
+    pieces, stored = _pieces(dtype), FLOATS[dtype]
+    fetch, tile_step, score, mix, two_tiles = pieces.fetch, pieces.tile_step, pieces.score, pieces.mix, pieces.two_tiles
+    size, exponent = np.dtype(stored).itemsize, math.log2(math.e)
 
     def kernel(arguments):
         take_registers()
@@ -134,13 +132,14 @@ def attention_kernel(dtype: torch.dtype, channels: int) -> int:
         q, k, v = operand(arguments, 4, size), operand(arguments, 7, size), operand(arguments, 10, size)
         lo = carray(pointer(arguments[13]), (queries,), np.int32)
         hi = carray(pointer(arguments[14]), (queries,), np.int32)
-        tiles_of_k, tiles_of_v = arguments[15], arguments[16]
+        tiles_of_k, tiles_of_v, channels = arguments[15], arguments[16], arguments[18]
         out = carray(pointer(arguments[17]), (queries, heads, channels), stored)
         steps, blocks = -(-keys // STEP), -(-queries // 32)
-        rows = np.empty((32, width), np.float32)
+        rows = np.empty((32, -(-channels // 32) * 32), np.float32)
+        of_step, factor = rows.shape[1] // 32 * two_tiles, np.float32(exponent / math.sqrt(channels))
         first, end = share(heads // group * steps)
         for unit in range(first, end):
-            tile_step(k, v, keys, unit, rows, tiles_of_k, tiles_of_v)
+            tile_step(k, v, channels, keys, unit, rows, tiles_of_k, tiles_of_v)
         barrier()
         space, weights, asked = aligned(32 * STEP * steps), aligned(steps * of_step // 4), aligned(of_step // 4)
         peaks, totals = np.empty(32, np.float32), np.empty(32, np.float32)
@@ -151,7 +150,7 @@ def attention_kernel(dtype: torch.dtype, channels: int) -> int:
             begins, ends = lo[at : at + count], hi[at : at + count]
             begin, stop = begins.min() // STEP, -(-ends.max() // STEP)
             scores = space[: 32 * STEP * (stop - begin)].reshape(32, STEP * (stop - begin))
-            fetch(q, head, at, count, rows)
+            fetch(q, channels, head, at, count, rows)
             score(rows, tiles_of_k + behind, begin, stop, asked, scores)
             weigh_scores(scores, begins - STEP * begin, ends - STEP * begin, factor, peaks, totals)
             mix(scores, tiles_of_v + behind, begin, stop, steps, weights, rows)
@@ -160,7 +159,7 @@ def attention_kernel(dtype: torch.dtype, channels: int) -> int:
                     out[at + i, head, c] = narrow(rows[i, c] / totals[i], out)
         give_registers_back()
 
-    return address_of(kernel, f"attention_prefill_{dtype}_{channels}")
+    return address_of(kernel, f"attention_prefill_{dtype}")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, out: Tensor) -> Tensor:
@@ -170,6 +169,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, out: Tensor)
     size = kv_heads * -(-keys // STEP) * STEP * -(-channels // 32) * 32 * bytes_
     strided = [number for x in (q, k, v) for number in (x, *x.stride()[:2])]
     spaces = scratch(size), scratch(size)
-    kernel = attention_kernel(q.dtype, channels)
-    run(kernel, queries, keys, heads, heads // kv_heads, *strided, lo, hi, *spaces, out)
+    run(attention_kernel(q.dtype), queries, keys, heads, heads // kv_heads, *strided, lo, hi, *spaces, out, channels)
     return out
