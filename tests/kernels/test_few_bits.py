@@ -216,13 +216,15 @@ def test_what_a_type_or_processor_lacks_is_said():
     assert missing(torch.float64, "int8") == "there is none for torch.float64"
 
 
-@pytest.mark.parametrize("variable", ["NUMBA_ENABLE_AVX=0", "NUMBA_CPU_NAME=generic"])
-def test_where_numba_does_not_use_the_processors_vectors_there_are_none(variable):
+@pytest.mark.parametrize(
+    ("variable", "others"),
+    [("NUMBA_ENABLE_AVX=0", "missing()"), ("NUMBA_CPU_NAME=generic", "missing_attention(f, 16)")],
+)
+def test_where_numba_does_not_use_the_processors_vectors_there_are_none(variable, others):
     """LLVM would end the process; the other kernels are compiled for what there is."""
     code = (
-        "import torch; from minivlm.kernels.cpu import few_bits, single_row\n"
-        "print(few_bits.missing(torch.bfloat16, 'compact'), single_row.missing_attention(torch.float32, 16),"
-        "single_row.missing_tiles(), sep='|')"
+        "import torch; from minivlm.kernels.cpu import few_bits, single_row; f = torch.float32\n"
+        f"print(few_bits.missing(f, 'compact'), single_row.{others}, single_row.missing_tiles(), sep='|')"
     )
     environment = {**os.environ, **dict([variable.split("=")])}
     command = [sys.executable, "-c", code]

@@ -132,7 +132,7 @@ def compare(device: torch.device, rows: int, vocabulary: int, seed: int) -> tupl
     return told, edges
 
 
-@pytest.mark.parametrize(("vocabulary", "rows"), [(5, 40), (64, 100), (300, 80), (1000, 60)])
+@pytest.mark.parametrize(("vocabulary", "rows"), [(5, 40), (64, 60), (300, 50), (1000, 40)])
 def test_ids_are_the_plain_samplers_and_kept_sets_transformers(device: torch.device, vocabulary: int, rows: int):
     rows = rows if device.type == "cpu" else 20 * rows
     told, edges = compare(device, rows, vocabulary, seed=vocabulary)

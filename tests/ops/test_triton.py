@@ -52,7 +52,7 @@ def inputs_of(vlm: minivlm.Pipeline, sizes: Sequence[tuple[int, int]], text: str
 
 def three_rows(vlm: minivlm.Pipeline) -> list[Inputs]:
     """Two pictures, none, and one."""
-    return [inputs_of(vlm, [(23, 31), (40, 9)]), inputs_of(vlm, []), inputs_of(vlm, [(7, 7)])]
+    return [inputs_of(vlm, [(23, 9), (9, 9)]), inputs_of(vlm, []), inputs_of(vlm, [(7, 7)])]
 
 
 def check(found: Tensor, plain: Tensor, exact: Tensor | None = None) -> None:
@@ -177,7 +177,7 @@ def test_generation_equals_reference(window, chunk, device, tmp_path):
     folder = tiny.make_tiny(tmp_path, "next-mistral", text={"sliding_window": window})
     ours, plain = pair_of(folder, device)
     rows = three_rows(plain)
-    (found, logits), (expected, truth) = (steps(vlm, rows, chunk, 5) for vlm in (ours, plain))
+    (found, logits), (expected, truth) = (steps(vlm, rows, chunk, 3) for vlm in (ours, plain))
     assert found == expected
     check(logits, truth)
 
@@ -189,11 +189,11 @@ def test_rows_that_join_running_ones(tiny_of, device):
         vocabulary = dataclasses.replace(vlm.vocabulary, eos_ids=frozenset())
         cache = vlm.model.language_model.new_cache(4, 100)
         batch = Batch(vlm.model, vocabulary.allowed, cache, 7, independent=True)
-        states = [Row(row, Options(max_new_tokens=6), vocabulary, vlm.context) for row in three_rows(vlm)]
+        states = [Row(row, Options(max_new_tokens=4), vocabulary, vlm.context) for row in three_rows(vlm)]
         for slot, row in zip((2, 0, 3), states, strict=True):
             with torch.inference_mode():
                 batch.join(row, slot, vlm.model.embed([row.inputs]))
-            for _ in range(3):
+            for _ in range(2):
                 batch.step()
         while batch.members:
             batch.step()
@@ -215,7 +215,7 @@ def test_heads_in_groups_of_any_number(shape, device, tmp_path):
 def test_more_rows_than_a_skinny_product_takes(tiny_of, device):
     ours, plain = pair_of(tiny_of("llava").folder, device)
     rows = [inputs_of(plain, [], "the cat is"[: 2 + i]) for i in range(9)]
-    (found, logits), (expected, truth) = (steps(vlm, rows, 1000, 3) for vlm in (ours, plain))
+    (found, logits), (expected, truth) = (steps(vlm, rows, 1000, 2) for vlm in (ours, plain))
     assert found == expected
     check(logits, truth)
 
@@ -247,7 +247,7 @@ def test_steps_follow_a_cache_that_grows(tiny_of, device):
 def test_a_drawn_answer_is_the_plain_samplers(tiny_of, device):
     ours, plain = pair_of(tiny_of("next-mistral").folder, device)
     picture = tiny.picture(20, 20)
-    settings = {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "seed": 7, "max_new_tokens": 6, "top_logprobs": 3}
+    settings = {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "seed": 7, "max_new_tokens": 4, "top_logprobs": 3}
     found, expected = (vlm.generate("what is it?", [picture], **settings).tokens for vlm in (ours, plain))
     assert [token.id for token in found] == [token.id for token in expected]
     for ours_, theirs in zip(found, expected, strict=True):
@@ -302,7 +302,7 @@ def test_random_weights_agree_on_the_best_id(dtype, device):
     with torch.device("meta"):
         decoder = MistralDecoder(MistralConfig.from_hf({"model_type": "mistral", **sizes}, "test"), REFERENCE)
     decoder = decoder.to(dtype).to_empty(device=device)
-    ids = torch.randint(sizes["vocab_size"], (600 if large else 150,), device=device)
+    ids = torch.randint(sizes["vocab_size"], (600 if large else 132,), device=device)
     with torch.inference_mode():
         for name, parameter in decoder.named_parameters():
             if "norm" in name:

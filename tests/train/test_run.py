@@ -19,8 +19,8 @@ from minivlm.train.optim import cosine
 from minivlm.train.state import alone, load_modules
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs PyTorch 2.9's Muon")
-# All stages, three steps each.
-SMALL = tuple(replace(stage, steps=3, batch=2, warmup=1) for stage in recipe.STAGES)
+# All stages, two steps each.
+SMALL = tuple(replace(stage, steps=2, batch=2, warmup=1) for stage in recipe.STAGES)
 # In a stage's reach, but not in its loss: what lies behind the tapped layer, which LLaVA never runs, and the head of
 # the other encoder stage.
 UNUSED = {
@@ -44,9 +44,9 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("killed_at", [("encoder", 2), ("projector", 1), ("tune", 3)])
-def test_a_killed_run_resumes_with_the_same_loss_curve(finished, tmp_path, monkeypatch, killed_at):
-    """The process dies right after a state was written; run again, log and weights equal an undisturbed run's."""
+def test_a_killed_run_resumes_with_the_same_loss_curve(finished, tmp_path, monkeypatch):
+    """The process dies right after a state was written, three times; run again, log and weights equal an undisturbed
+    run's."""
     from minivlm.train import loop
 
     class Killed(BaseException):
@@ -59,8 +59,9 @@ def test_a_killed_run_resumes_with_the_same_loss_curve(finished, tmp_path, monke
 
     save_state = loop.save_state
     monkeypatch.setattr(loop, "save_state", save_and_die)
-    with pytest.raises(Killed):
-        train(tmp_path)
+    for killed_at in (("encoder", 1), ("projector", 1), ("tune", 2)):
+        with pytest.raises(Killed):
+            train(tmp_path)
     monkeypatch.setattr(loop, "save_state", save_state)
     train(tmp_path)
     assert log(tmp_path) == log(finished)
@@ -126,7 +127,7 @@ def test_two_runs_are_never_at_work_in_one_folder(tmp_path):
 )
 def test_a_damaged_state_is_named(finished, tmp_path, change, message):
     path = finished / "state.safetensors"
-    metadata = {"recipe": recipe.fingerprint(SMALL), "stage": "tune", "step": "2"}
+    metadata = {"recipe": recipe.fingerprint(SMALL), "stage": "tune", "step": "1"}
     save_file(change(load_file(path)), tmp_path / path.name, metadata)
     with pytest.raises(InputError, match=message):
         train(tmp_path)
