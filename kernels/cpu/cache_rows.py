@@ -3,8 +3,6 @@
 The sum of one vector's numbers takes eight instructions; here 16 such sums are made together.
 """
 
-import math
-
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -22,6 +20,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
     VECTOR,
     all_of,
     at_address,
+    exp2,
     load,
     loop,
     prefetch,
@@ -30,7 +29,6 @@ from minivlm.kernels.cpu.llvm_vectors import (
 )
 
 LOWEST = -3.4028234663852886e38
-SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]  # of e^(r ln 2)
 
 
 @intrinsic(prefer_literal=True)
@@ -185,24 +183,6 @@ def weigh(context, scores, count, factor, most):
         return reduced(builder, "fadd", builder.fadd(*totals))
 
     return types.float32(types.int64, types.int64, types.float32, types.float32), generate
-
-
-def exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """2^x of a vector of float32 of at most 0, relative error below 2e-7.
-
-    x = n + r with |r| <= 1/2; 2^r = e^(r ln 2) by its series, and AVX-512 multiplies by 2^n, even where that is 0.
-    """
-    least = all_of(VECTOR, -100.0)  # below 2^-126, with its parts, a number takes the processor a hundred times as long
-    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
-    unary = ir.FunctionType(VECTOR, [VECTOR])
-    whole = builder.call(builder.module.declare_intrinsic("llvm.rint.v16f32", (), unary), [x])
-    rest = builder.fsub(x, whole)
-    series = all_of(VECTOR, SERIES[-1])
-    for factor in reversed(SERIES[:-1]):
-        series = builder.fadd(builder.fmul(series, rest, flags=ADDED), all_of(VECTOR, factor), flags=ADDED)
-    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR, ir.IntType(16), I32])
-    scaled = builder.module.declare_intrinsic("llvm.x86.avx512.mask.scalef.ps.512", (), kind)
-    return builder.call(scaled, [series, whole, series, ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)])
 
 
 def _all(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:

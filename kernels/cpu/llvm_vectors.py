@@ -5,6 +5,7 @@ instructions: it is called while the caller is compiled, with a builder and valu
 Addresses are integers.
 """
 
+import math
 from collections.abc import Callable
 
 from llvmlite import ir
@@ -14,6 +15,7 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 VECTOR, NUMBERS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # kinds of numbers, in the order of FLOATS in compiling.py
 ADDED = ("reassoc", "contract", "nsz")  # what LLVM may do to a sum
+SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]  # of e^(r ln 2)
 
 
 def all_of(kind: ir.VectorType, value: float) -> ir.Constant:
@@ -71,3 +73,38 @@ def reduced(builder: ir.IRBuilder, how: str, vector: ir.Value) -> ir.Value:
     signature = ir.FunctionType(kind, [*[kind] * len(first), vector.type])
     function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
     return builder.call(function, [*first, vector], fastmath={"add": (), "fadd": ("reassoc",), "fmax": ("nnan",)}[how])
+
+
+def exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """2^x of a vector of float32 of at most 0, relative error below 2e-7.
+
+    x = n + r with |r| <= 1/2; 2^r = e^(r ln 2) by its series, and AVX-512 multiplies by 2^n, even where that is 0.
+    """
+    least = all_of(VECTOR, -100.0)  # below 2^-126, with its parts, a number takes the processor a hundred times as long
+    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    unary = ir.FunctionType(VECTOR, [VECTOR])
+    whole = builder.call(builder.module.declare_intrinsic("llvm.rint.v16f32", (), unary), [x])
+    rest = builder.fsub(x, whole)
+    series = all_of(VECTOR, SERIES[-1])
+    for factor in reversed(SERIES[:-1]):
+        series = builder.fadd(builder.fmul(series, rest, flags=ADDED), all_of(VECTOR, factor), flags=ADDED)
+    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR, ir.IntType(16), I32])
+    scaled = builder.module.declare_intrinsic("llvm.x86.avx512.mask.scalef.ps.512", (), kind)
+    return builder.call(scaled, [series, whole, series, ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)])
+
+
+def nearest(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """float32 whose first 16 bits are the nearest bfloat16; what is below is left as it comes. Of finite numbers."""
+    bits = builder.bitcast(vector, NUMBERS)
+    even = builder.and_(builder.lshr(bits, all_of(NUMBERS, 16)), all_of(NUMBERS, 1))
+    return builder.bitcast(builder.add(builder.add(bits, all_of(NUMBERS, 0x7FFF)), even), VECTOR)
+
+
+def rounded_to(builder: ir.IRBuilder, kind: int, vector: ir.Value) -> ir.Value:
+    """float32 to the nearest that numbers of a kind can be; what is no number stays so."""
+    if kind == FLOAT32:
+        return vector
+    if kind == FLOAT16:
+        return builder.fpext(builder.fptrunc(vector, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+    bits = builder.and_(builder.bitcast(nearest(builder, vector), NUMBERS), all_of(NUMBERS, 0xFFFF0000))
+    return builder.select(builder.fcmp_unordered("uno", vector, vector), vector, builder.bitcast(bits, VECTOR))

@@ -34,8 +34,9 @@ from minivlm.kernels.cpu.compiling import (
     wide,
 )
 from minivlm.kernels.cpu.few_bits import INT4, INT8, FewBitsLinear
+from minivlm.kernels.cpu.gates import gate_numbers
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
-from minivlm.kernels.cpu.single_row_numba import normalised, silu, step_of
+from minivlm.kernels.cpu.single_row_numba import normalised, step_of
 from minivlm.kernels.cpu.tiles import (
     STEP,
     TILE,
@@ -62,6 +63,7 @@ TOGETHER = 8  # blocks of which the sums of a few rows are finished together
 # the sums 20.0, 10.4, 63.3, 32.7.
 BLOCKS, WEIGHTS, SUMS = 16, 2**20, 2**21
 UPPER, HALF = np.uint32(0xFFFF0000), np.uint32(16)
+KINDS = {dtype: number for number, dtype in enumerate(FLOATS)}  # as in llvm_vectors.py
 
 
 # ---- weights that are kept whole, see compact.py
@@ -106,15 +108,6 @@ def scaled(found, scale, size):
         found[i] = np.float32(np.int32(bits_of_float(found[i]))) * scale[i] * size
 
 
-@njit(error_model="numpy")
-def gated(gate, up, like):
-    """silu(gate) * up in place of gate, with the roundings of a type."""
-    for i in range(len(gate)):
-        gate[i] = silu(rounded(gate[i], like))
-    for i in range(len(gate)):
-        gate[i] = rounded(gate[i], like) * rounded(up[i], like)
-
-
 @njit
 def stored(found, out):
     """Results as they are."""
@@ -139,9 +132,8 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
     right: how many parts x has. size: numbers of a step.
     """
     need_registers()
-    kind, integers, compact = FLOATS[dtype], form == INTEGERS, form in (COMPACT, WHOLE)
-    right = 1 if integers or dtype == torch.bfloat16 else 3
-    size = 2 * STEP if integers else STEP
+    kind, number, integers, compact = FLOATS[dtype], KINDS[dtype], form == INTEGERS, form in (COMPACT, WHOLE)
+    right, size = 1 if integers or dtype == torch.bfloat16 else 3, 2 * STEP if integers else STEP
 
     @njit
     def opened(arguments):
@@ -183,7 +175,7 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
         if gates:
             if integers:
                 scaled(up, scale[outputs + at : outputs + at + count], size)
-            gated(gate, up, out)
+            gate_numbers(number, np.int64(gate.ctypes.data), np.int64(up.ctypes.data), count)
         if len(residual):
             stored_with(gate, residual[0, at : at + count], out[at : at + count])
         else:
@@ -313,7 +305,7 @@ def _of_many_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
                 load_sums(2, to)
             else:
                 clear_sums(2)
-            later = x + of_pair + block * of_pair // BLOCKS
+            later = x + of_pair + block * (steps * right * 2 * TILE // BLOCKS)
             multiply_tiles(integers, left, right, 2, here, x, steps, later)
             store_sums(2, to)
 

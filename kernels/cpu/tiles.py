@@ -31,6 +31,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
     at_address,
     load,
     loop,
+    nearest,
     prefetch,
     times,
 )
@@ -304,13 +305,6 @@ def split(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, parts: int) 
             builder.fsub(x, builder.bitcast(top, VECTOR)) for x, top in zip((first, second), tops, strict=True)
         )
     return pairs
-
-
-def nearest(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """float32 whose first 16 bits are the nearest bfloat16; what is below is left as it comes. Of finite numbers."""
-    bits = builder.bitcast(vector, NUMBERS)
-    even = builder.and_(builder.lshr(bits, all_of(NUMBERS, 16)), all_of(NUMBERS, 1))
-    return builder.bitcast(builder.add(builder.add(bits, all_of(NUMBERS, 0x7FFF)), even), VECTOR)
 
 
 def _vectors(builder: ir.IRBuilder, line: ir.Value, at: ir.Value, count: int) -> list[ir.Value]:

@@ -35,11 +35,12 @@ from minivlm.kernels.cpu.llvm_vectors import (
     at_address,
     load,
     loop,
+    nearest,
     prefetch,
     reduced,
     times,
 )
-from minivlm.kernels.cpu.tiles import LINES, TILE, nearest, split
+from minivlm.kernels.cpu.tiles import LINES, TILE, split
 
 COMPACT, WHOLE, INT8, INT4, STEPS = range(5)  # steps: int4 without its scales
 # How many rows of the weight go side by side for so many rows of x: distant ones come sooner than one alone, and the
