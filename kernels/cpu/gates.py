@@ -8,14 +8,14 @@ from minivlm.kernels.cpu.llvm_vectors import (
     VECTOR,
     all_of,
     at_address,
-    exp2,
+    at_least,
+    exp,
     load,
     loop,
     rounded_to,
     times,
 )
 
-LOG2_E = 1.4426950408889634
 LOWEST = -87.0  # of what e^x is a normal number of
 
 
@@ -38,7 +38,7 @@ def gate_numbers(context, kind, gate, up, count):
             x = rounded_to(builder, number, load(builder, gate, offset, VECTOR))
             negative = builder.fcmp_ordered("<", x, zero)
             below = builder.select(negative, x, builder.fneg(x))  # -|x|
-            power = exp2(builder, builder.fmul(below, all_of(VECTOR, LOG2_E)))
+            power = exp(builder, at_least(builder, below, LOWEST))
             share = builder.select(negative, power, one)
             share = builder.select(builder.fcmp_ordered("<", x, all_of(VECTOR, LOWEST)), zero, share)
             silu = builder.fdiv(builder.fmul(x, share), builder.fadd(one, power))

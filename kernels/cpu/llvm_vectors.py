@@ -16,6 +16,7 @@ VECTOR, NUMBERS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # kinds of numbers, in the order of FLOATS in compiling.py
 ADDED = ("reassoc", "contract", "nsz")  # what LLVM may do to a sum
 SERIES = [math.log(2) ** n / math.factorial(n) for n in range(7)]  # of e^(r ln 2)
+LOG2_E = (1.4426950216293335, 1.92596299e-08)  # 1 / ln 2 to 24 bits, and what that lacks
 
 
 def all_of(kind: ir.VectorType, value: float) -> ir.Constant:
@@ -76,21 +77,47 @@ def reduced(builder: ir.IRBuilder, how: str, vector: ir.Value) -> ir.Value:
 
 
 def exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """2^x of a vector of float32 of at most 0, relative error below 2e-7.
+    """2^x of a vector of float32 of at most 0, relative error below 2e-7; of less than -100 as of that."""
+    x = at_least(
+        builder, x, -100.0
+    )  # below 2^-126, with its parts, a number takes the processor a hundred times as long
+    whole = _unary(builder, "rint", x)
+    return _power(builder, whole, builder.fsub(x, whole))
 
-    x = n + r with |r| <= 1/2; 2^r = e^(r ln 2) by its series, and AVX-512 multiplies by 2^n, even where that is 0.
-    """
-    least = all_of(VECTOR, -100.0)  # below 2^-126, with its parts, a number takes the processor a hundred times as long
-    x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
-    unary = ir.FunctionType(VECTOR, [VECTOR])
-    whole = builder.call(builder.module.declare_intrinsic("llvm.rint.v16f32", (), unary), [x])
-    rest = builder.fsub(x, whole)
+
+def exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """e^x of a vector of float32 from -87 to 0, relative error below 3e-7. 1 / ln 2 is the sum of two float32."""
+    high, low = (all_of(VECTOR, value) for value in LOG2_E)
+    whole = _unary(builder, "rint", builder.fmul(x, high))
+    rest = _fma(builder, x, high, builder.fneg(whole))
+    return _power(builder, whole, _fma(builder, x, low, rest))
+
+
+def _power(builder: ir.IRBuilder, whole: ir.Value, rest: ir.Value) -> ir.Value:
+    """2^(n + r) with |r| <= 1/2; 2^r = e^(r ln 2) by its series, and AVX-512 multiplies by 2^n."""
     series = all_of(VECTOR, SERIES[-1])
     for factor in reversed(SERIES[:-1]):
         series = builder.fadd(builder.fmul(series, rest, flags=ADDED), all_of(VECTOR, factor), flags=ADDED)
     kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR, ir.IntType(16), I32])
     scaled = builder.module.declare_intrinsic("llvm.x86.avx512.mask.scalef.ps.512", (), kind)
     return builder.call(scaled, [series, whole, series, ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)])
+
+
+def at_least(builder: ir.IRBuilder, x: ir.Value, least: float) -> ir.Value:
+    """Of a vector the numbers that are less than one replaced by it."""
+    least = all_of(VECTOR, least)
+    return builder.select(builder.fcmp_ordered("<", x, least), least, x)
+
+
+def _unary(builder: ir.IRBuilder, name: str, x: ir.Value) -> ir.Value:
+    function = builder.module.declare_intrinsic(f"llvm.{name}.v16f32", (), ir.FunctionType(VECTOR, [VECTOR]))
+    return builder.call(function, [x])
+
+
+def _fma(builder: ir.IRBuilder, *factors: ir.Value) -> ir.Value:
+    """a b + c, rounded once."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    return builder.call(builder.module.declare_intrinsic("llvm.fma.v16f32", (), kind), factors)
 
 
 def nearest(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:

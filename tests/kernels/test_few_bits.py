@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_compact import normal
@@ -120,6 +121,29 @@ def test_a_float32_is_all_of_its_three_parts():
     unit = FewBitsLinear(Compact.of(weight[:, :1].contiguous()), None, None, 0.0, False, torch.float32)
     found, expected = unit(x[:, :1].contiguous()).double(), x[:, :1].double() @ weight[:, :1].double().T
     assert ((found - expected) / expected).abs().max() <= 2.0**-21
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_are_silu_of_one_half_times_the_other(dtype):
+    from numba import njit
+
+    from minivlm.kernels.cpu.compiling import FLOATS
+    from minivlm.kernels.cpu.gates import gate_numbers
+
+    kind = list(FLOATS).index(dtype)
+
+    @njit
+    def gated(gate, up):
+        gate_numbers(kind, np.int64(gate.ctypes.data), np.int64(up.ctypes.data), len(gate))
+
+    gate = torch.cat((numbers(960) * 10, torch.linspace(-130, 130, 1056), torch.linspace(-1e-3, 1e-3, 16)))
+    broken = torch.tensor([torch.nan, torch.inf, -torch.inf, *[0.0] * 13])
+    gate, up = torch.cat((gate, broken)), torch.cat((numbers(2032, seed=1), torch.ones(16)))
+    found = gate.clone()
+    gated(found.numpy(), up.numpy())
+    expected = silu(gate.to(dtype).double()).to(dtype).double() * up.to(dtype).double()
+    expected[(gate.to(dtype) < -87) & gate.isfinite()] = 0.0  # below, e^x is too small for a normal number
+    torch.testing.assert_close(found.double(), expected, rtol=max(4e-7, torch.finfo(dtype).eps), atol=0, equal_nan=True)
 
 
 @by_tiles
