@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
@@ -39,11 +41,27 @@ def _sources() -> str:
     return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
 
 
+class _Kept(FunctionCache):
+    """Compiled code on the disk, found by a kernel's name and the processor alone. Numba would look at what the closure
+    holds, too, but takes a function there for another one in every process; name and sources tell all of it."""
+
+    def _index_key(self, sig, codegen):
+        return sig, codegen.magic_tuple()
+
+
+class _Kernel(CFunc):
+    def enable_caching(self):
+        self._cache = _Kept(self._pyfunc)
+
+
 def address_of(kernel: Callable, name: str) -> int:
-    """Compile a kernel, or find it on the disk, by a name of its own: by one name two processes could mix up two, and
-    Numba looks for changes only in the file where the kernel is."""
+    """Compile a kernel, or find it on the disk, by a name of its own, which has all that its closure depends on: by one
+    name two processes could mix up two, and Numba looks for changes only in the file where the kernel is."""
     kernel.__qualname__ = f"{name}_{_sources()}"
-    return cfunc(KERNEL, cache=True, error_model="numpy")(kernel).address
+    made = _Kernel(kernel, (KERNEL.args, KERNEL.return_type), locals={}, options={"error_model": "numpy"})
+    made.enable_caching()
+    made.compile()
+    return made.address
 
 
 # ---- what the language lacks

@@ -265,6 +265,27 @@ def test_a_system_that_keeps_the_registers_of_tiles_is_named(monkeypatch):
     assert single_row.missing_tiles.__wrapped__() == "the system does not let this process use AMX"
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
+def test_what_was_compiled_is_found_again():
+    """What kernels are made of is new in every process, and here."""
+    from numba.core import event
+
+    from minivlm.kernels.cpu import attention_prefill_numba, many_rows_numba
+    from minivlm.kernels.cpu.weight_rows import COMPACT
+
+    def addresses() -> list[int]:
+        many_rows_numba._pieces.cache_clear()
+        attention_prefill_numba._pieces.cache_clear()
+        products = many_rows_numba.some_rows_kernel, many_rows_numba.many_rows_kernel
+        found = [kernel.__wrapped__(torch.bfloat16, COMPACT) for kernel in products]
+        return [*found, attention_prefill_numba.attention_kernel.__wrapped__(torch.bfloat16)]
+
+    addresses()
+    with event.install_recorder("numba:compile") as compiled:
+        assert all(addresses())
+    assert compiled.buffer == []
+
+
 @pytest.mark.parametrize("form", ["compact", "int8", "int4"])
 def test_a_wrong_product_is_noticed(form, monkeypatch):
     call = FewBitsLinear.__call__
