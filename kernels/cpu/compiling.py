@@ -4,7 +4,7 @@ A number of 16 bits lies in memory as an integer, and is float32 as soon as it i
 there and back. Such a function, that only raises, is a name: Numba compiles what stands below it, under `overload`, for
 the types it is called with.
 
-Numba keeps what it compiled on the disk, in `__pycache__` or else in the user's cache: it takes one to four seconds a
+Numba keeps what it compiled on the disk, in `__pycache__` or else in the user's cache: it takes one to six seconds a
 kernel and type.
 """
 

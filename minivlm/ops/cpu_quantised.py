@@ -3,9 +3,12 @@
 - int8: the activations are quantised too, each row of them to 127 steps of its own largest value, when they come; the
   product is of integers, exact, and then scaled. So a row's result depends on the rows beside it by rounding alone,
   which may take a number that lies between two steps to either. The weights lie as they were made, and of few rows are
-  the left factor, as in cpu_products.py. Few rows have a kernel of this project, where it can run, see cpu_groups.py.
-- int4: only the weights. Few rows go through a kernel of this project, or where it cannot run through PyTorch's product
-  of packed nibbles; more through the weight widened for the moment, which is faster then.
+  the left factor, as in cpu_products.py.
+- int4: only the weights. Few rows go through PyTorch's product of packed nibbles, more through the weight widened for
+  the moment, which is faster then.
+
+Where this project's kernels can run they take the place of both: of all rows with AMX, of few without, see
+cpu_groups.py.
 
 The operators are private to PyTorch, so `missing_quantised` tries them before weights are quantised for them.
 """
