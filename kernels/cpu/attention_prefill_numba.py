@@ -14,7 +14,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from minivlm.kernels.cpu.cache_rows import highest, weigh, widen_numbers
+from minivlm.kernels.cpu.cache_rows import LOWEST, highest, weigh, widen_numbers
 from minivlm.kernels.cpu.compiling import FLOATS, address_of, aligned, narrow, pointer, share
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
 from minivlm.kernels.cpu.tiles import (
@@ -31,7 +31,7 @@ from minivlm.kernels.cpu.tiles import (
     tile_rows,
 )
 
-UNSEEN = np.float32(-1e30)  # a score, beside which another is of any size
+UNSEEN = np.float32(LOWEST)  # a score, beside which no other is less
 
 
 @njit
@@ -141,7 +141,7 @@ def attention_kernel(dtype: torch.dtype) -> int:
         for unit in range(first, end):
             tile_step(k, v, channels, keys, unit, rows, tiles_of_k, tiles_of_v)
         barrier()
-        space, weights, asked = aligned(32 * STEP * steps), aligned(steps * of_step // 4), aligned(of_step // 4)
+        space, weights, asked = aligned(32 * STEP * steps), aligned(steps * two_tiles // 4), aligned(of_step // 4)
         peaks, totals = np.empty(32, np.float32), np.empty(32, np.float32)
         first, end = share(heads * blocks)
         for unit in range(first, end):

@@ -173,8 +173,8 @@ def weigh(context, scores, count, factor, most):
         def replaced(totals, at):
             found = []
             for total, (place, vector) in zip(totals, _pair(builder, scores, at), strict=True):
-                vector = builder.fmul(vector, factor, flags=ADDED)
-                vector = exp2(builder, builder.fsub(vector, most, flags=ADDED))
+                # Rounded like `most`, so that no difference is above 0.
+                vector = exp2(builder, builder.fsub(builder.fmul(vector, factor), most))
                 builder.store(vector, at_address(builder, scores, place, VECTOR), align=4)
                 found.append(builder.fadd(total, vector))
             return found

@@ -58,7 +58,7 @@ def _pack_kernel(dtype: torch.dtype) -> int:
     """The address of the kernel behind `pack`, whose arguments are: rows, inputs, how many weights each thread may keep
     whole, the addresses of the weight, of the place of each upper byte (16 where it has none), of the results: lower
     bytes, places, rest or 0, how many weights of a row are whole, each thread's columns and values of those, and its
-    two answers: how many these are, whether any rest is not 0."""
+    two answers: how many these are, whether any number has a rest."""
     word, below = (np.uint32, 16) if dtype == torch.float32 else (np.uint16, 0)
 
     def kernel(arguments):
@@ -85,6 +85,7 @@ def _pack_kernel(dtype: torch.dtype) -> int:
                 rare = np.uint8(rare | places[j])
             for j in range(inputs if below else 0):
                 rest[i, j] = np.uint16(weight[i, j])
+                seen = np.uint16(seen | rest[i, j])
             for j in range(inputs if rare > 15 else 0):
                 if places[j] > 15:
                     bits = np.uint32(np.uint32(weight[i, j]) << np.uint32(16 - below))
@@ -92,8 +93,6 @@ def _pack_kernel(dtype: torch.dtype) -> int:
                     kept += 1
                     if below:
                         rest[i, j] = 0
-            for j in range(inputs if below else 0):
-                seen = np.uint16(seen | rest[i, j])
             rest[i, inputs:] = 0
             counts[i] = kept - before
             of = np.int64(lower.ctypes.data), np.int64(places.ctypes.data)

@@ -7,9 +7,10 @@ Weights:    Compact, of compact.py; int8 [N, K] with scale float32 [N]; int4 as 
 Dtypes:     float32, bfloat16; float16 with int8 and int4. By int8 x is quantised too, each row of it to steps of
             1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32; what the plain
             forms round on the way is rounded. By AMX a product in float32 is six in bfloat16, three if the weight was
-            published as such; more than 16 rows meet int4 weights that are rounded to their type.
+            published as such; more than 16 rows of bfloat16 meet int4 weights that are rounded to it.
 Limits:     AVX-512; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs; 16 rows without
-            AMX. A row with an infinite number is not a number by AMX, and numbers below 2^-126 are 0.
+            AMX. A row with an infinite number is not a number by AMX, and numbers below 2^-126 are 0; few rows
+            by int4 are summed before they are scaled, so numbers beyond 2^117 may be infinite.
 Bytes:      3 / 2, 1 or 17 / 32 N K, 7 / 2 N K of a float32 weight.
 Operations: 2 B N K.
 
@@ -172,7 +173,7 @@ class FewBitsLinear:
             product = linear(x, self.weight.plain())
         elif self.form == INT4:
             weight = dequantise_int4(self.weight, self.scale)
-            if x.dim() > 1 and len(x) > MOST_ROWS:
+            if x.dim() > 1 and len(x) > MOST_ROWS and x.dtype == torch.bfloat16:
                 weight = weight.to(x.dtype).float()
             product = linear(x.float(), weight).to(x.dtype)
         else:

@@ -17,6 +17,7 @@ from minivlm.kernels.cpu.compiling import (
     FLOATS,
     address_of,
     float_of_bits,
+    keep,
     lines,
     narrow,
     pointer,
@@ -104,12 +105,15 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
                 if len(residual):
                     value += wide(residual[i, begin + j])
                 out[i, begin + j] = narrow(value, out)
+        keep(unit)
+        keep(steps)
 
     return address_of(kernel, f"few_rows_{dtype}_{form}_{batch}")
 
 
-def multiply(product: FewBitsLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
-    """`FewBitsLinear` of so many rows x, into `out`."""
+def told(product: FewBitsLinear) -> tuple[int, tuple, tuple, int]:
+    """What kernels are told of a product: its weight's form, its sizes, the weight in parts with an int8 one's scale,
+    and the bits of eps."""
     weight = product.weight
     if isinstance(weight, Compact):
         form, kept, scale = COMPACT if weight.rest is None else WHOLE, len(weight.values), None
@@ -118,10 +122,15 @@ def multiply(product: FewBitsLinear, x: Tensor, rows: int, residual: Tensor | No
         form, kept, scale = {INT8: (INTEGERS, 0, product.scale), INT4: (HALF_BYTES, 0, None)}[product.form]
         read = weight, product.scale, *[None] * 5
     (eps,) = struct.unpack("i", struct.pack("f", product.eps))
-    sizes = product.outputs, product.inputs, int(product.swiglu), kept
+    return form, (product.outputs, product.inputs, int(product.swiglu), kept), (*read, scale), eps
+
+
+def multiply(product: FewBitsLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
+    """`FewBitsLinear` of so many rows x, into `out`."""
+    form, sizes, read, eps = told(product)
     for first in range(0, rows, AT_ONCE):
         count, some = min(AT_ONCE, rows - first), slice(first, first + AT_ONCE)
         kernel = linear_kernel(product.dtype, form, next(n for n in SIDE_BY_SIDE if n >= count))
         x_, residual_, out_ = (t if t is None or rows == 1 else t[some] for t in (x, residual, out))
-        run(kernel, count, *sizes, x_, product.norm, *read, scale, residual_, out_, eps)
+        run(kernel, count, *sizes, x_, product.norm, *read, residual_, out_, eps)
     return out

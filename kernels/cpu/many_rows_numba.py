@@ -8,7 +8,6 @@ weights becomes left tiles, 128 inputs at a time; the sums of their products are
                     them at a time, so that the weights stay in the second cache, and the sums beside them
 """
 
-import struct
 from functools import cache
 from types import SimpleNamespace
 
@@ -17,8 +16,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from minivlm.kernels.cpu.compact import BLOCK, Compact
-from minivlm.kernels.cpu.compact_numba import parts
+from minivlm.kernels.cpu.compact import BLOCK
 from minivlm.kernels.cpu.compiling import (
     FLOATS,
     LINE,
@@ -33,7 +31,8 @@ from minivlm.kernels.cpu.compiling import (
     share,
     wide,
 )
-from minivlm.kernels.cpu.few_bits import INT4, INT8, FewBitsLinear
+from minivlm.kernels.cpu.few_bits import FewBitsLinear
+from minivlm.kernels.cpu.few_rows_numba import told
 from minivlm.kernels.cpu.gates import gate_numbers
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
 from minivlm.kernels.cpu.single_row_numba import normalised, step_of
@@ -371,20 +370,12 @@ def many_rows_kernel(dtype: torch.dtype, form: int) -> int:
 
 def multiply(product: FewBitsLinear, x: Tensor, rows: int, residual: Tensor | None, out: Tensor) -> Tensor:
     """`FewBitsLinear` of so many rows x, into `out`."""
-    weight = product.weight
-    if isinstance(weight, Compact):
-        form, kept, scale = COMPACT if weight.rest is None else WHOLE, len(weight.values), None
-        read = parts(weight)
-    else:
-        form, kept, scale = {INT8: (INTEGERS, 0, product.scale), INT4: (HALF_BYTES, 0, None)}[product.form]
-        read = weight, product.scale, *[None] * 5
-    (eps,) = struct.unpack("i", struct.pack("f", product.eps))
-    sizes = product.outputs, product.inputs, int(product.swiglu), kept
+    form, sizes, read, eps = told(product)
     if rows <= FEW:
-        kernel, space = some_rows_kernel(product.dtype, form), ()
+        kernel, space = some_rows_kernel(product.dtype, form), (None, None)
     else:
         bytes_ = 1 if form == INTEGERS else 2 if product.dtype == torch.bfloat16 else 6  # of a number in tiles
         numbers = -(-rows // 32) * 32 * -(-product.inputs // BLOCK) * BLOCK
         kernel, space = many_rows_kernel(product.dtype, form), (scratch(numbers * bytes_), scratch(4 * rows))
-    run(kernel, rows, *sizes, x, product.norm, *read, scale, residual, out, eps, *(space or (None, None)))
+    run(kernel, rows, *sizes, x, product.norm, *read, residual, out, eps, *space)
     return out

@@ -77,7 +77,7 @@ def test_parts_of_larger_tensors(dtype):
 def test_scores_of_any_size(dtype):
     """Large ones leave one key, far smaller ones weigh nothing, and equal ones weigh the same."""
     q, k, v, lo, hi = problem(40, 40, 2, 1, 64, None, dtype)
-    for factor in (0.0, 1e-3, 30.0, 1e4):
+    for factor in (0.0, 1e-3, 30.0, 1e4, 1e12, 1e25, 1e34):
         arguments = (q * factor).to(dtype), k, v, lo, hi
         error, theirs = errors(arguments)
         assert error <= 2 * theirs + 4e-7 * q.numel() ** 0.5 * v.abs().max()

@@ -146,6 +146,41 @@ def test_gates_are_silu_of_one_half_times_the_other(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=max(4e-7, torch.finfo(dtype).eps), atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [3, 16, 40])
+def test_a_float32_that_alone_needs_all_its_bits_keeps_them(rows):
+    """Beside weights that have no more than a bfloat16, and too large for the table."""
+    weight = (numbers(70, 256) * 0.05).bfloat16().float()
+    weight[3, 5] = 1.2345678 * 2.0**20
+    linear = FewBitsLinear(Compact.of(weight), None, None, 0.0, False, torch.float32)
+    x = numbers(rows, 256)
+    expected = x[:, 5].double() * weight[3, 5].double()
+    found = (linear(x) if rows <= linear.most_rows else linear.plain(x))[:, 3].double()
+    assert ((found - expected) / expected).abs().median() <= 1e-6
+
+
+POISONED = """
+import sys, torch
+from minivlm.kernels.cpu.compact import Compact
+from minivlm.kernels.cpu.few_bits import FewBitsLinear, missing_tiles
+from minivlm.kernels.quantise import quantise_int4, quantise_int8
+torch.set_num_threads(1)
+x, weight = torch.randn(40, 4096), torch.randn(64, 4096) / 64
+for form, kept in (("compact", Compact.of(weight)), ("int8", quantise_int8(weight)), ("int4", quantise_int4(weight))):
+    linear = FewBitsLinear(*(kept if form != "compact" else (kept, None)), None, 0.0, False, torch.float32)
+    counts = [(1, False), (8, False)] + [(n, True) for n in (8, 40) if missing_tiles(torch.float32, form) is None]
+    for rows, by_tiles in counts:
+        found, expected = linear(x[:rows], None, by_tiles), linear.plain(x[:rows])
+        assert (found - expected).norm() <= 1e-2 * expected.norm(), (form, rows, by_tiles)
+"""
+
+
+def test_what_is_still_read_is_not_freed():
+    """glibc fills what is freed, so that whoever still reads there finds nonsense, and does not keep it."""
+    environment = {**os.environ, "MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", POISONED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 @by_tiles
 @pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 40])
 @pytest.mark.parametrize(("dtype", "form"), FORMS)
