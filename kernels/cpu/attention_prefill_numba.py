@@ -15,7 +15,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from minivlm.kernels.cpu.cache_rows import LOWEST, highest, weigh, widen_numbers
-from minivlm.kernels.cpu.compiling import FLOATS, address_of, aligned, narrow, pointer, share
+from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address_of, aligned, narrow, pointer, share
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
 from minivlm.kernels.cpu.tiles import (
     STEP,
@@ -64,7 +64,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
     such a pair.
     """
     need_registers()
-    kind, parts = list(FLOATS).index(dtype), 1 if dtype == torch.bfloat16 else 3
+    kind, parts = KINDS[dtype], 1 if dtype == torch.bfloat16 else 3
     rounds, two_tiles = int(parts == 1), 2 * TILE * parts
 
     @njit

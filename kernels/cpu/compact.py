@@ -48,7 +48,7 @@ class Compact(NamedTuple):
 
     lower: uint8 [N, P], lower bytes, in the order of `ordered`. places: uint8 [N, P / 2], the places of their upper
     bytes, two to a byte; table: uint8 [16], the upper byte of each place. rest: int16 [N, P], what a float32 has below
-    a bfloat16, in the weight's order; None where that is 0.
+    a bfloat16, in the weight's order; None where no number has any.
     starts: int32 [N + 1]; of row n columns [starts[n] : starts[n + 1]], int32, are kept whole, and hold `values`,
     float32.
     inputs, dtype: K, and the weight's type.

@@ -11,7 +11,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from minivlm.kernels.cpu.compact import BLOCK, Compact
-from minivlm.kernels.cpu.compiling import FLOATS, address_of, float_of_bits, narrow, pointer, share
+from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address_of, float_of_bits, narrow, pointer, share
 from minivlm.kernels.cpu.openmp import run, thread_count, thread_number
 from minivlm.kernels.cpu.weight_rows import COMPACT, INT4, WHOLE, order_row, widen_row
 
@@ -21,7 +21,7 @@ def _expand_kernel(dtype: torch.dtype, form: int) -> int:
     """The address of the kernel behind `expand`, whose arguments are: rows, the first, inputs, how many weights are
     kept whole, the addresses of the weight's parts, see `dots`, of a compact one's starts, columns and values, and of
     the result."""
-    stored, kind, compact = FLOATS[dtype], list(FLOATS).index(dtype), form in (COMPACT, WHOLE)
+    stored, kind, compact = FLOATS[dtype], KINDS[dtype], form in (COMPACT, WHOLE)
 
     def kernel(arguments):
         rows, first, inputs, kept = arguments[0], arguments[1], arguments[2], arguments[3]

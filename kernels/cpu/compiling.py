@@ -26,6 +26,7 @@ from minivlm.kernels.cpu.openmp import KERNEL, LINE, barrier, run, thread_count,
 
 # What stands for each type; of 16 bits one is signed and one is not, only to tell them apart in `wide` and `narrow`.
 FLOATS = {torch.float32: np.float32, torch.float16: np.int16, torch.bfloat16: np.uint16}
+KINDS = {dtype: number for number, dtype in enumerate(FLOATS)}  # as llvm_vectors.py counts them
 
 
 def compiles_for(feature: str) -> bool:

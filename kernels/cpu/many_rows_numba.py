@@ -19,6 +19,7 @@ from torch import Tensor
 from minivlm.kernels.cpu.compact import BLOCK
 from minivlm.kernels.cpu.compiling import (
     FLOATS,
+    KINDS,
     LINE,
     address_of,
     aligned,
@@ -62,7 +63,6 @@ TOGETHER = 8  # blocks of which the sums of a few rows are finished together
 # the sums 20.0, 10.4, 63.3, 32.7.
 BLOCKS, WEIGHTS, SUMS = 16, 2**20, 2**21
 UPPER, HALF = np.uint32(0xFFFF0000), np.uint32(16)
-KINDS = {dtype: number for number, dtype in enumerate(FLOATS)}  # as in llvm_vectors.py
 
 
 # ---- weights that are kept whole, see compact.py

@@ -127,10 +127,10 @@ def test_a_float32_is_all_of_its_three_parts():
 def test_gates_are_silu_of_one_half_times_the_other(dtype):
     from numba import njit
 
-    from minivlm.kernels.cpu.compiling import FLOATS
+    from minivlm.kernels.cpu.compiling import KINDS
     from minivlm.kernels.cpu.gates import gate_numbers
 
-    kind = list(FLOATS).index(dtype)
+    kind = KINDS[dtype]
 
     @njit
     def gated(gate, up):
