@@ -24,6 +24,12 @@ def all_of(kind: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)
 
 
+def broadcast(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+    """A float32 in every place of a vector."""
+    first = builder.insert_element(all_of(VECTOR, 0.0), number, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, first, all_of(NUMBERS, 0))
+
+
 def at_address(builder: ir.IRBuilder, address: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
     """The pointer to what lies so many bytes behind an address."""
     return builder.inttoptr(builder.add(address, offset), kind.as_pointer())

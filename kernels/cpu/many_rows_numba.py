@@ -40,6 +40,7 @@ from minivlm.kernels.cpu.single_row_numba import normalised, step_of
 from minivlm.kernels.cpu.tiles import (
     STEP,
     TILE,
+    add_scaled,
     clear_sums,
     give_registers_back,
     load_sums,
@@ -189,7 +190,8 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
     pieces, integers = _pieces(dtype, form), form == INTEGERS
     right, grouped, form = pieces.right, form == HALF_BYTES, STEPS if form == HALF_BYTES else form
     left, steps = 3 if form == WHOLE else 1, BLOCK // pieces.size  # steps of a block
-    half, of_x = steps * left * 2 * TILE, steps * right * TILE
+    of_step, half, of_x = left * 2 * TILE, steps * left * 2 * TILE, steps * right * TILE
+    each = OUTPUTS // steps  # rows that are widened beside a step
 
     @njit
     def multiply_rows(weight, row, count, later, tiles_of_x, space, sums, totals):
@@ -197,22 +199,24 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
         on. space, totals: for the tiles of two blocks, and the sums of groups [32, 16]."""
         a, b, c, d, padded = weight
         blocks, here, to = padded // BLOCK, np.int64(space.ctypes.data), np.int64(sums.ctypes.data)
-        scales = carray(pointer(b), (row + count, blocks), np.float32)
+        scales, total = b + row * blocks * 4, np.int64(totals.ctypes.data)
         clear_sums(1)
         totals[:] = 0
         for block in range(blocks + 1):
-            if block:
-                there = tiles_of_x + (block - 1) * of_x
-                multiply_tiles(integers, left, right, 1, here + (block - 1) % 2 * half, there, steps, there)
-                if grouped:
-                    store_sums(1, to)
-                    clear_sums(1)
-                    for i in range(count):
-                        for j in range(16):
-                            totals[i, j] += sums[i, j] * scales[row + i, block - 1]
-            if block < blocks:
-                more = later * padded + OUTPUTS * BLOCK * block
-                tile_block(form, left, a, b, c, d, padded, row, count, block * BLOCK, more, here + block % 2 * half)
+            now, before = here + block % 2 * half, here + (block - 1) % 2 * half
+            more, there = later * padded + OUTPUTS * BLOCK * block, tiles_of_x + (block - 1) * of_x
+            for step in range(steps):
+                done = step * each
+                if block < blocks and done < count:
+                    some, next_, place = min(each, count - done), more + done * BLOCK, now + done * LINE
+                    tile_block(form, left, a, b, c, d, padded, row + done, some, block * BLOCK, next_, place)
+                if block:
+                    x = there + step * right * TILE
+                    multiply_tiles(integers, left, right, 1, before + step * of_step, x, 1, x)
+            if grouped and block:
+                store_sums(1, to)
+                clear_sums(1)
+                add_scaled(to, scales + 4 * (block - 1), 4 * blocks, count, total)
         store_sums(1, to)
         if grouped:
             sums[:] = totals

@@ -21,6 +21,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from minivlm.kernels.cpu.llvm_vectors import (
+    ADDED,
+    F32,
     I8,
     I32,
     I64,
@@ -29,6 +31,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
     VECTOR,
     all_of,
     at_address,
+    broadcast,
     load,
     loop,
     nearest,
@@ -150,6 +153,24 @@ def store_sums(context, columns, tiles):
             _move(builder, "tilestored64", register, tiles, register)
 
     return _function((columns, types.int64), emit)
+
+
+@intrinsic
+def add_scaled(context, sums, scales, between, count, totals):
+    """Rows of sums, of 16 numbers each, to totals at an address, each times its scale, so many bytes between two."""
+
+    def emit(builder, sums, scales, between, count, totals):
+        def row(_, i):
+            scale = broadcast(builder, load(builder, scales, builder.mul(between, i), F32))
+            place = times(builder, i, LINE)
+            total = load(builder, totals, place, VECTOR)
+            product = builder.fmul(load(builder, sums, place, VECTOR), scale, flags=ADDED)
+            _store(builder, builder.fadd(total, product, flags=ADDED), totals, place)
+            return []
+
+        loop(builder, count, [], row, 1)
+
+    return _function((types.int64,) * 5, emit)
 
 
 @intrinsic

@@ -33,6 +33,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
     VECTOR,
     all_of,
     at_address,
+    broadcast,
     load,
     loop,
     nearest,
@@ -166,9 +167,8 @@ class Weight:
 
     def _scale(self, row: list[ir.Value], at: ir.Value) -> ir.Value:
         """That of an int4 block, in every place of a vector."""
-        scale = load(self.builder, row[1], times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4), F32)
-        scale = self.builder.insert_element(all_of(VECTOR, 0.0), scale, ir.Constant(I32, 0))
-        return self.builder.shuffle_vector(scale, scale, all_of(NUMBERS, 0))
+        place = times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4)
+        return broadcast(self.builder, load(self.builder, row[1], place, F32))
 
     def _steps(self, row: list[ir.Value], at: ir.Value) -> tuple[list[ir.Value], list[int]]:
         """The block of an int4 row in float32 without its scale, and which eighth of the block each vector is."""

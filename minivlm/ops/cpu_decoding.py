@@ -68,7 +68,7 @@ class ByKernels(NamedTuple):
 
     layers: Sequence[Layer]
     attention: RowAttention
-    most_rows: int
+    most_rows: float
 
 
 class Recorded(NamedTuple):
@@ -95,7 +95,7 @@ class Step:
         self.embeddings, self.norm = decoder.embed_tokens.weight.detach(), _norm(decoder.norm)
         self.layers = [_layer(layer) for layer in decoder.layers]
         self.places = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(*self.cache, strict=True)]
-        self.by_kernels = self._by_kernels(decoder)
+        self.by_kernels = self._found_kernels(decoder)
         self.recordings: dict[int, Recorded] = {}  # by their number of rows
         if self.by_kernels is not None:
             self._recorded(1)  # now, since kernels may have to be compiled; those of more rows when they first come
@@ -105,17 +105,25 @@ class Step:
         if max(positions) >= self.capacity:
             raise ValueError(f"position {max(positions)} does not fit in a cache of {self.capacity} positions")
         if self.by_kernels is not None and len(ids) <= self.by_kernels.most_rows:
-            recorded = self._recorded(len(ids))
-            places = [self.by_kernels.attention.place(*where) for where in zip(slots, positions, strict=True)]
-            recorded.places.copy_(torch.tensor(places, device="cpu"))
-            recorded.x.copy_(self.embeddings[torch.tensor(ids, device="cpu")])
-            return self.norm(recorded.run())
+            return self.norm(self._through_kernels(ids, slots, positions))
         single, attend = len(ids) == 1, self._attend(slots, positions)
         x = self.embeddings[ids[0] if single else torch.tensor(ids, device="cpu")]  # [D] or [B, D]
         x = x.contiguous()  # tied ones may lie by columns
         return self.norm(_through(self.layers, attend, x)).view(-1, x.shape[-1])
 
-    def _by_kernels(self, decoder: nn.Module) -> ByKernels | None:
+    def _through_kernels(self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Rows through the layers by kernels, recorded or, if they are many, one call after the other."""
+        layers, attention, _ = self.by_kernels
+        places = torch.tensor([attention.place(*where) for where in zip(slots, positions, strict=True)], device="cpu")
+        x = self.embeddings[torch.tensor(ids, device="cpu")]
+        if len(ids) > RECORDED:
+            return _through(layers, partial(attention.at, places=places), x)
+        recorded = self._recorded(len(ids))
+        recorded.places.copy_(places)
+        recorded.x.copy_(x)
+        return recorded.run()
+
+    def _found_kernels(self, decoder: nn.Module) -> ByKernels | None:
         """The layers by this project's kernels; None where one is missing."""
         dtype, config = self.embeddings.dtype, decoder.config
         found = [_kernel_layer(layer, dtype) for layer in decoder.layers]
@@ -123,7 +131,7 @@ class Step:
             return None
         layers, most_rows = zip(*found, strict=True)
         attention = RowAttention(self.heads[0], *self.cache, self.cos, self.sin, config.sliding_window)
-        return ByKernels(layers, attention, min(RECORDED, *most_rows))
+        return ByKernels(layers, attention, min(most_rows))
 
     def _recorded(self, rows: int) -> Recorded:
         """So many rows through the layers by kernels, noted when there are first so many."""
