@@ -8,9 +8,9 @@ Dtypes:     float32, bfloat16; float16 with int8 and int4. By int8 x is quantise
             1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32; what the plain
             forms round on the way is rounded. By AMX a product in float32 is six in bfloat16, three if the weight was
             published as such; more than 16 rows of bfloat16 meet int4 weights that are rounded to it.
-Limits:     AVX-512; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs; 16 rows without
-            AMX. A row with an infinite number is not a number by AMX, and numbers below 2^-126 are 0; few rows
-            by int4 are summed before they are scaled, so numbers beyond 2^117 may be infinite.
+Limits:     AVX-512, with int8 VNNI; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs;
+            16 rows without AMX. A row with an infinite number is not a number by AMX, and numbers below 2^-126 are 0;
+            few rows by int4 are summed before they are scaled, so numbers beyond 2^117 may be infinite.
 Bytes:      3 / 2, 1 or 17 / 32 N K, 7 / 2 N K of a float32 weight.
 Operations: 2 B N K.
 
@@ -42,10 +42,15 @@ from minivlm.kernels.quantise import dequantise_int4
 AT_ONCE = 8  # rows by which a weight is multiplied when it is read
 MOST_ROWS = 16  # without AMX
 INT8, INT4 = "int8", "int4"
-# Most rows that are multiplied without AMX where there is AMX. Microseconds of 5632x1024, one thread, with / without:
-# bfloat16 in 12 bits 4 rows 830 / 580, 8 rows 720 / 940, 16 rows 730 / 1890; int8 4 rows 385 / 390, 16 rows 430 / 1400;
-# float32 in 28 bits 8 rows 2700 / 1750, 16 rows 2700 / 3480.
-WITHOUT_TILES = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
+# Most rows that are multiplied without AMX where there is AMX, by form and type. Microseconds of 5632x1024, one thread,
+# with / without: bfloat16 in 12 bits 4 rows 1120 / 1210, 8 rows 1140 / 2370; float32 in 28 bits 4 rows 2690 / 1630, 8
+# rows 3470 / 2740, 9 rows 3380 / 4130; int8 4 rows 565 / 500, 5 rows 695 / 730, 9 rows 590 / 1060; int4 3 rows
+# 700 / 810, in float32 4 rows 1190 / 970, 5 rows 960 / 2120.
+WITHOUT_TILES = {
+    "compact": {torch.bfloat16: 4, torch.float32: 8},
+    INT8: dict.fromkeys(single_row.DTYPES, 4),
+    INT4: {torch.bfloat16: 3, torch.float16: 3, torch.float32: 4},
+}
 
 
 @cache
@@ -72,8 +77,10 @@ def missing(dtype: torch.dtype, form: str) -> str | None:
     def trial() -> str | None:
         from minivlm.kernels.cpu.compiling import compiles_for
 
-        if not compiles_for("avx512bw"):  # without it LLVM would end the process
-            return "the processor has no AVX-512, or Numba does not use it"
+        needed = {"AVX-512": "avx512bw"} | ({"AVX-512 VNNI": "avx512vnni"} if form == INT8 else {})
+        for name, feature in needed.items():
+            if not compiles_for(feature):  # without it LLVM would end the process
+                return f"the processor has no {name}, or Numba does not use it"
         return _tried(dtype, form, rows=3)
 
     if dtype not in (compact.DTYPES if form == "compact" else single_row.DTYPES):
@@ -157,8 +164,7 @@ class FewBitsLinear:
         require_like(x, shape, self.dtype)
         rows = x.numel() // self.inputs
         if by_tiles is None:
-            without = 4 if self.form == INT8 else WITHOUT_TILES[self.dtype]
-            by_tiles = rows > without and missing_tiles(self.dtype, self.form) is None
+            by_tiles = rows > WITHOUT_TILES[self.form][self.dtype] and missing_tiles(self.dtype, self.form) is None
         most = "1 or more" if by_tiles else f"1 to {MOST_ROWS}"
         require(x.dim() <= 2 and rows > 0 and (by_tiles or rows <= MOST_ROWS), f"{list(x.shape)}, expected {most} rows")
         out = x.new_empty(*shape[:-1], self.outputs)

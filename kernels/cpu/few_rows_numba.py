@@ -44,11 +44,11 @@ def add_kept(starts, columns, values, x, found):
 
 @njit(error_model="numpy")
 def to_steps(x, steps, sizes):
-    """Rows x [B, P] to steps, int16 [B, P], of a size for each row."""
+    """Rows x [B, P] to steps, uint8 [B, P] with 128 for 0, of a size for each row."""
     for b in range(len(x)):
         sizes[b] = step_of(x[b])
         for j in range(x.shape[1]):
-            steps[b, j] = np.int16(np.rint(x[b, j] / sizes[b]))
+            steps[b, j] = np.uint8(np.int32(np.rint(x[b, j] / sizes[b])) + np.int32(128))
 
 
 @cache
@@ -78,7 +78,7 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
         unit, found = lines(rows, padded), np.empty((1 + swiglu, batch, count), np.float32)
         for i in range(rows):
             unit[i, :inputs] = normalised(x[i], norm, float_of_bits(np.uint32(arguments[17])))
-        steps, sizes = lines(rows, padded // 2).view(np.int16), np.empty(rows, np.float32)
+        steps, sizes = lines(rows, padded // 4).view(np.uint8), np.empty(rows, np.float32)
         source = np.int64(unit.ctypes.data)
         if integers:
             to_steps(unit, steps, sizes)

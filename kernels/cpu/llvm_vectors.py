@@ -8,8 +8,9 @@ Addresses are integers.
 import math
 from collections.abc import Callable
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
+binding.initialize_native_asmparser()  # for `add_fours`; Numba does without
 LANES = 16  # float32 of a vector
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, NUMBERS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
@@ -80,6 +81,13 @@ def reduced(builder: ir.IRBuilder, how: str, vector: ir.Value) -> ir.Value:
     signature = ir.FunctionType(kind, [*[kind] * len(first), vector.type])
     function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
     return builder.call(function, [*first, vector], fastmath={"add": (), "fadd": ("reassoc",), "fmax": ("nnan",)}[how])
+
+
+def add_fours(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """A vector of int32 plus the products of the four uint8 in each place of a and the four int8 there of b, modulo
+    2^32. By its instruction, as what LLVM's function for it takes is another type in every few versions."""
+    kind = ir.FunctionType(NUMBERS, [NUMBERS] * 3)
+    return builder.asm(kind, "vpdpbusd $3, $2, $0", "=v,0,v,v", [total, a, b], side_effect=False)
 
 
 def exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:

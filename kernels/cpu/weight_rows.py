@@ -3,7 +3,7 @@ compiles others around. A weight is read BLOCK numbers of a row at a time, and n
 
 compact: bytes are taken 64 at a time to their upper bytes, to pairs, to float32: 16 weights take two instructions,
          where a loop that Numba vectorises takes eight. `whole` has the rest of float32 beside them.
-int8:    by rows that are quantised too, int16; pairs of products are added to int32, exactly.
+int8:    by rows that are quantised too; four products at a time are added to int32, exactly.
 int4:    each half byte is looked up among -8 to 7, in float32; the sum of a group is multiplied by its scale.
 
 Or they become lines of left tiles, see tiles.py: of int8 as they are, of a compact one without its rest and of int4
@@ -31,6 +31,7 @@ from minivlm.kernels.cpu.llvm_vectors import (
     LANES,
     NUMBERS,
     VECTOR,
+    add_fours,
     all_of,
     at_address,
     broadcast,
@@ -79,7 +80,7 @@ class Weight:
             self.table = builder.shuffle_vector(table, table, _places(list(range(16)) * 4))  # one for each lane
         self.scales = addresses[1] if form == INT4 else None
         self.sum_type = NUMBERS if form == INT8 else VECTOR
-        self.x_size = 2 if form == INT8 else 4  # bytes of a number of the rows x
+        self.x_size = 1 if form == INT8 else 4  # bytes of a number of the rows x
 
     def row(self, number: ir.Value) -> list[ir.Value]:
         """The addresses of a row's parts, and of its scales where it has some."""
@@ -186,14 +187,14 @@ class Weight:
         return vectors, order
 
     def _add_integers(self, sums: list, row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
-        builder, sums, kind = self.builder, list(sums), ir.FunctionType(NUMBERS, [PAIRS] * 2)
-        multiply_add = builder.module.declare_intrinsic("llvm.x86.avx512.pmaddw.d.512", (), kind)
-        for first in range(0, BLOCK, PAIRS.count):
-            weight = load(builder, row[0], self._number(at, first, 1), ir.VectorType(I8, PAIRS.count))
-            weight = builder.sext(weight, PAIRS)
+        """x is more by 128 than it is to be; so much too much is what the last sum becomes."""
+        builder, sums = self.builder, list(sums)
+        for first in range(0, BLOCK, HALF):
+            weight = load(builder, row[0], self._number(at, first, 1), NUMBERS)
             for k, line in enumerate(lines):
-                x = load(builder, line, self._number(at, first, 2), PAIRS)
-                sums[k] = builder.add(sums[k], builder.call(multiply_add, [weight, x]))
+                x = load(builder, line, self._number(at, first, 1), NUMBERS)
+                sums[k] = add_fours(builder, sums[k], x, weight)
+            sums[-1] = add_fours(builder, sums[-1], all_of(NUMBERS, 0x80808080), weight)
         return sums
 
     def _plus(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -218,13 +219,13 @@ def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, 
 
     The others: the addresses of the weight's parts (compact: lower bytes, places, rest, table; int8: itself; int4:
     itself and its scales, float32), its inputs, the first row and how far behind it the next is, the address of x
-    [count, inputs], float32 or int16, and of the results, float32 [batch, ..] of so many numbers each, in which row 0
-    of the weight has place 0.
+    [count, inputs], float32 or for int8 uint8 with 128 for 0, and of the results, float32 [batch, ..] of so many
+    numbers each, in which row 0 of the weight has place 0.
     """
 
     def generate(context, builder, signature, arguments):
         *addresses, inputs, row, stride, x, count, out, between = arguments[3:]
-        weight = Weight(builder, form.literal_value, addresses, inputs)
+        weight, integers = Weight(builder, form.literal_value, addresses, inputs), form.literal_value == INT8
         numbers = [builder.add(row, times(builder, stride, i)) for i in range(side.literal_value)]
         rows = [weight.row(number) for number in numbers]
         last, lines = builder.sub(count, ir.Constant(I64, 1)), []
@@ -232,21 +233,24 @@ def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, 
             line = ir.Constant(I64, i)
             line = builder.select(builder.icmp_signed("<", line, last), line, last)
             lines.append(builder.add(x, builder.mul(line, times(builder, inputs, weight.x_size))))
+        each = len(lines) + integers  # sums of a row
 
         def step(sums, at):
             found = []
             for i, row in enumerate(rows):
                 weight.fetch(row, builder.add(at, ir.Constant(I64, AHEAD)))
-                found += weight.add(sums[i * len(lines) : (i + 1) * len(lines)], row, at, lines)
+                found += weight.add(sums[i * each : (i + 1) * each], row, at, lines)
             return found
 
-        nothing = all_of(weight.sum_type, 0 if form.literal_value == INT8 else 0.0)
-        sums = loop(builder, inputs, [nothing] * (len(rows) * len(lines)), step, BLOCK)
-        for place, total in enumerate(sums):
-            number = builder.add(numbers[place // len(lines)], times(builder, between, place % len(lines)))
-            total = reduced(builder, "add" if form.literal_value == INT8 else "fadd", total)
-            total = builder.sitofp(total, F32) if form.literal_value == INT8 else total
-            builder.store(total, at_address(builder, out, times(builder, number, 4), F32))
+        nothing = all_of(weight.sum_type, 0 if integers else 0.0)
+        sums = loop(builder, inputs, [nothing] * (len(rows) * each), step, BLOCK)
+        totals = [reduced(builder, "add" if integers else "fadd", total) for total in sums]
+        for i, number in enumerate(numbers):
+            for k, total in enumerate(totals[i * each :][: len(lines)]):
+                if integers:
+                    total = builder.sitofp(builder.sub(total, totals[(i + 1) * each - 1]), F32)
+                place = builder.add(number, times(builder, between, k))
+                builder.store(total, at_address(builder, out, times(builder, place, 4), F32))
         return context.get_dummy_value()
 
     return types.void(form, side, batch, *[types.int64] * 11), generate
