@@ -15,7 +15,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from minivlm.kernels.cpu.cache_rows import LOWEST, highest, weigh, widen_numbers
-from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address_of, aligned, narrow, pointer, share
+from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address_of, aligned, narrow, pointer, share, variant
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
 from minivlm.kernels.cpu.tiles import (
     STEP,
@@ -67,7 +67,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
     kind, parts = KINDS[dtype], 1 if dtype == torch.bfloat16 else 3
     rounds, two_tiles = int(parts == 1), 2 * TILE * parts
 
-    @njit
+    @variant(dtype)
     def fetch(x, channels, head, at, count, rows):
         """So many positions of a head, from number `at` on; zeros beyond."""
         address, between, of_head = x
@@ -77,7 +77,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
         rows[:, channels:] = 0
         rows[count:] = 0
 
-    @njit
+    @variant(dtype)
     def tile_step(k, v, channels, keys, unit, rows, tiles_of_k, tiles_of_v):
         """A step of a head's keys and values, by its number among all, to tiles."""
         steps, at, line, pairs = -(-keys // STEP), np.int64(rows.ctypes.data), rows.strides[0], rows.shape[1] // 32
@@ -91,7 +91,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
         for pair in range(pairs):
             tile_pairs(parts, at + 128 * pair, line, tiles_of_v + ((head * pairs + pair) * steps + step) * two_tiles)
 
-    @njit
+    @variant(dtype)
     def score(rows, tiles, begin, stop, asked, scores):
         """32 queries by a head's keys of the steps from `begin` on to scores [32, t]; asked: space for their tiles."""
         left, to, pairs = np.int64(asked.ctypes.data), np.int64(scores.ctypes.data), rows.shape[1] // 32
@@ -102,7 +102,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
             multiply_tiles(0, parts, parts, 2, left, right, pairs, right)
             store_rows(to + 4 * STEP * (step - begin), scores.strides[0])
 
-    @njit
+    @variant(dtype)
     def mix(scores, tiles, begin, stop, steps, weights, rows):
         """32 queries' weights [32, t] by those keys' values to rows; weights: space for their tiles."""
         left, to = np.int64(weights.ctypes.data), np.int64(rows.ctypes.data)

@@ -65,6 +65,18 @@ def address_of(kernel: Callable, name: str) -> int:
     return made.address
 
 
+def variant(*values: object) -> Callable:
+    """What compiles a function for kernels to call that is another one for each of these values, which its name gets.
+    Numba tells functions of one name apart by a number that begins anew in every process, and in one that finds code of
+    two others on the disk it would take one of theirs for the other."""
+
+    def compiled(function: Callable) -> Callable:
+        function.__qualname__ = "_".join(map(str, (function.__qualname__, *values)))
+        return njit(error_model="numpy")(function)
+
+    return compiled
+
+
 # ---- what the language lacks
 
 

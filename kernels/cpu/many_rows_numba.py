@@ -30,6 +30,7 @@ from minivlm.kernels.cpu.compiling import (
     pointer,
     rounded,
     share,
+    variant,
     wide,
 )
 from minivlm.kernels.cpu.few_bits import FewBitsLinear
@@ -135,7 +136,7 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
     kind, number, integers, compact = FLOATS[dtype], KINDS[dtype], form == INTEGERS, form in (COMPACT, WHOLE)
     right, size = 1 if integers or dtype == torch.bfloat16 else 3, 2 * STEP if integers else STEP
 
-    @njit
+    @variant(dtype, form)
     def opened(arguments):
         """The arguments as arrays: x, norm, starts, columns, values, scale, residual, out, sizes."""
         rows, outputs, inputs, swiglu, kept = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
@@ -152,7 +153,7 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
             carray(pointer(arguments[19]), (rows,), np.float32),
         )
 
-    @njit(error_model="numpy")
+    @variant(dtype, form)
     def pack(x, norm, eps, unit, sizes, packed, side):
         """Up to 16 rows x as the columns of right tiles at an address, one of so many side by side; sizes: of int8 the
         size of a step of each. unit: [16, P] for what is in between."""
@@ -165,7 +166,7 @@ def _pieces(dtype: torch.dtype, form: int) -> SimpleNamespace:
                     unit[i, j] = np.rint(unit[i, j] / sizes[i])
         tile_columns(integers, right, np.int64(unit.ctypes.data), unit.shape[1], side, packed)
 
-    @njit
+    @variant(dtype, form)
     def finish(gate, up, gates, at, scale, size, residual, out):
         """A row's sums gate, float32 [N], of the outputs from number `at` on, to results out [V]; up: those beside,
         if they are gates. residual: [1, V], or nothing."""
@@ -193,7 +194,7 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
     of_step, half, of_x = left * 2 * TILE, steps * left * 2 * TILE, steps * right * TILE
     each = OUTPUTS // steps  # rows that are widened beside a step
 
-    @njit
+    @variant(dtype, form)
     def multiply_rows(weight, row, count, later, tiles_of_x, space, sums, totals):
         """So many rows of a weight, up to 32, by x in its tiles to sums [32, 16]. later: the row behind, at which to go
         on. space, totals: for the tiles of two blocks, and the sums of groups [32, 16]."""
@@ -276,7 +277,7 @@ def _of_many_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
     pack, right, size = pieces.pack, pieces.right, pieces.size
     left = 1 if form in (COMPACT, INTEGERS) or right == 1 else 3
 
-    @njit
+    @variant(dtype, form)
     def pack_all(x, norm, eps, padded, sizes, to, of_pair):
         """This thread's share of rows x to tiles at an address, so many bytes of two times 16 rows side by side."""
         unit = aligned(16 * padded).reshape(16, padded)
@@ -286,7 +287,7 @@ def _of_many_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
             some = slice(16 * i, 16 * i + 16)
             pack(x[some], norm, eps, unit, sizes[some], to + i // 2 * of_pair + i % 2 * TILE, 2)
 
-    @njit
+    @variant(dtype, form)
     def widen(weight, row, count, begin, end, tiles):
         """Columns [begin, end) of so many rows of a weight, up to 32, to left tiles [steps, parts, 2, 16, 32]."""
         a, b, c, d, padded, starts, columns, values = weight
@@ -298,7 +299,7 @@ def _of_many_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
         if compact:
             put_kept(starts[row : row + count + 1], columns, values, begin, end, tiles)
 
-    @njit
+    @variant(dtype, form)
     def multiply_blocks(tiles, x, of_pair, begin, steps, sums):
         """Several blocks' tiles of a weight by those of 32 rows x, to sums [B, 4, 256]; added to them unless their
         columns begin with number 0. What follows the rows, so many bytes behind, is fetched meanwhile."""
@@ -312,7 +313,7 @@ def _of_many_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
             multiply_tiles(integers, left, right, 2, here, x, steps, later)
             store_sums(2, to)
 
-    @njit
+    @variant(dtype, form)
     def collect(sums, blocks, found):
         """Sums [B, 4, 256] to results [P, 32, N] of P parts, each of so many blocks."""
         for block in range(len(sums)):

@@ -4,7 +4,8 @@ compiles others around. A weight is read BLOCK numbers of a row at a time, and n
 compact: bytes are taken 64 at a time to their upper bytes, to pairs, to float32: 16 weights take two instructions,
          where a loop that Numba vectorises takes eight. `whole` has the rest of float32 beside them.
 int8:    by rows that are quantised too; four products at a time are added to int32, exactly.
-int4:    each half byte is looked up among -8 to 7, in float32; the sum of a group is multiplied by its scale.
+int4:    by rows of 16 bits that become integers of two bytes for each group, and by each byte as by int8; by float32,
+         each half byte is looked up among -8 to 7. The sum of a group is multiplied by its scale.
 
 Or they become lines of left tiles, see tiles.py: of int8 as they are, of a compact one without its rest and of int4
 without its scales after two instructions for 32 of them, in bfloat16; of others the parts of what they are in float32.
@@ -80,7 +81,6 @@ class Weight:
             self.table = builder.shuffle_vector(table, table, _places(list(range(16)) * 4))  # one for each lane
         self.scales = addresses[1] if form == INT4 else None
         self.sum_type = NUMBERS if form == INT8 else VECTOR
-        self.x_size = 1 if form == INT8 else 4  # bytes of a number of the rows x
 
     def row(self, number: ir.Value) -> list[ir.Value]:
         """The addresses of a row's parts, and of its scales where it has some."""
@@ -148,15 +148,12 @@ class Weight:
         return pairs
 
     def add(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
-        """The sums plus the products of a block from number `at` on and the lines x."""
-        if self.form == INT8:
-            return self._add_integers(sums, row, at, lines)
+        """The sums plus the products of a block from number `at` on and the lines x, float32."""
         if self.form == INT4:
             vectors, order = self._steps(row, at)
         else:
             vectors, order = [self.builder.bitcast(bits, VECTOR) for bits in self.numbers(row, at)], range(8)
-        begin = sums if self.scales is None else [all_of(VECTOR, 0.0)] * len(sums)
-        found = list(begin)
+        found = list(sums if self.scales is None else [all_of(VECTOR, 0.0)] * len(sums))
         for weight, place in zip(vectors, order, strict=True):
             for k, line in enumerate(lines):
                 x = load(self.builder, line, self._number(at, place * LANES, 4), VECTOR)
@@ -166,10 +163,52 @@ class Weight:
         scale = self._scale(row, at)
         return [self._plus(total, scale, group) for total, group in zip(sums, found, strict=True)]
 
+    def add_bytes(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list) -> list[ir.Value]:
+        """The same of int8 or int4 and the bytes of x, each line as the addresses of its first bytes, its second and so
+        on, and of its groups' steps. The last sum is what the others have too much: the first bytes are more by 128."""
+        builder, order = self.builder, self._bytes_of(row, at)
+        begin = sums if self.form == INT8 else [all_of(NUMBERS, 0)] * len(sums)
+        totals, too_much = [], begin[-1]
+        for weight in order:
+            too_much = add_fours(builder, too_much, all_of(NUMBERS, 0x80808080), weight)
+        for total, (digits, _) in zip(begin, lines, strict=False):
+            found = [total, *[all_of(NUMBERS, 0)] * (len(digits) - 1)]
+            for part, weight in enumerate(order):
+                for k, digit in enumerate(digits):
+                    x = load(builder, digit, self._number(at, part * HALF, 1), NUMBERS)
+                    found[k] = add_fours(builder, found[k], x, weight)
+            totals.append(found)
+        if self.form == INT8:
+            return [*(first for (first,) in totals), too_much]
+        found, scale = [], self._scale(row, at)
+        for total, (first, *others), (_, steps) in zip(sums, totals, lines, strict=False):
+            number = builder.sub(first, too_much)
+            for digit in others:
+                number = builder.add(builder.shl(number, all_of(NUMBERS, 8)), digit)
+            step = broadcast(builder, load(builder, steps, self._of_group(at), F32))
+            found.append(self._plus(total, scale, builder.fmul(builder.sitofp(number, VECTOR), step)))
+        return [*found, sums[-1]]
+
+    def _bytes_of(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
+        """The block of an int8 or int4 row as two vectors of int8."""
+        builder = self.builder
+        if self.form == INT8:
+            return [load(builder, row[0], self._number(at, first, 1), NUMBERS) for first in range(0, BLOCK, HALF)]
+        both = load(builder, row[0], self._bytes(at, 1), NUMBERS)
+        halves = [
+            builder.and_(bits, all_of(NUMBERS, 0x0F0F0F0F)) for bits in (both, builder.lshr(both, all_of(NUMBERS, 4)))
+        ]
+        return [
+            builder.bitcast(builder.sub(builder.bitcast(half, BYTES), all_of(BYTES, 8)), NUMBERS) for half in halves
+        ]
+
     def _scale(self, row: list[ir.Value], at: ir.Value) -> ir.Value:
         """That of an int4 block, in every place of a vector."""
-        place = times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4)
-        return broadcast(self.builder, load(self.builder, row[1], place, F32))
+        return broadcast(self.builder, load(self.builder, row[1], self._of_group(at), F32))
+
+    def _of_group(self, at: ir.Value) -> ir.Value:
+        """How far behind the first the float32 of a block is."""
+        return times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4)
 
     def _steps(self, row: list[ir.Value], at: ir.Value) -> tuple[list[ir.Value], list[int]]:
         """The block of an int4 row in float32 without its scale, and which eighth of the block each vector is."""
@@ -185,17 +224,6 @@ class Weight:
                 vectors.append(builder.call(look_up, [steps, places]))
                 order.append(4 * half + part)
         return vectors, order
-
-    def _add_integers(self, sums: list, row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
-        """x is more by 128 than it is to be; so much too much is what the last sum becomes."""
-        builder, sums = self.builder, list(sums)
-        for first in range(0, BLOCK, HALF):
-            weight = load(builder, row[0], self._number(at, first, 1), NUMBERS)
-            for k, line in enumerate(lines):
-                x = load(builder, line, self._number(at, first, 1), NUMBERS)
-                sums[k] = add_fours(builder, sums[k], x, weight)
-            sums[-1] = add_fours(builder, sums[-1], all_of(NUMBERS, 0x80808080), weight)
-        return sums
 
     def _plus(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.builder.fadd(total, self.builder.fmul(a, b, flags=ADDED), flags=ADDED)
@@ -214,46 +242,54 @@ def _places(order: list[int]) -> ir.Constant:
 
 
 @intrinsic(prefer_literal=True)
-def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, out, between):
-    """`side` rows of a weight by up to `batch` rows of x; these two and the form are constants.
+def dots(context, form, digits, side, batch, parts, inputs, row, stride, x, steps, count, out, between):
+    """`side` rows of a weight by up to `batch` rows of x; these two, the form and the digits are constants.
 
-    The others: the addresses of the weight's parts (compact: lower bytes, places, rest, table; int8: itself; int4:
-    itself and its scales, float32), its inputs, the first row and how far behind it the next is, the address of x
-    [count, inputs], float32 or for int8 uint8 with 128 for 0, and of the results, float32 [batch, ..] of so many
-    numbers each, in which row 0 of the weight has place 0.
+    The others: a tuple of the addresses of the weight's parts (compact: lower bytes, places, rest, table; int8: itself;
+    int4: itself and its scales, float32), its inputs, the first row and how far behind it the next is; the addresses
+    of x and of its steps, and how many rows it has; the address of the results, float32 [batch, ..] of so many numbers
+    each, in which row 0 of the weight has place 0.
+    x is float32 [count, inputs] and steps nothing; or, of int8 and int4, uint8 [count, digits, inputs] whose first
+    digits are more by 128, and steps of int4 float32 [count, inputs / BLOCK].
     """
 
     def generate(context, builder, signature, arguments):
-        *addresses, inputs, row, stride, x, count, out, between = arguments[3:]
-        weight, integers = Weight(builder, form.literal_value, addresses, inputs), form.literal_value == INT8
-        numbers = [builder.add(row, times(builder, stride, i)) for i in range(side.literal_value)]
-        rows = [weight.row(number) for number in numbers]
+        parts, inputs, row, stride, x, steps, count, out, between = arguments[4:]
+        addresses = [builder.extract_value(parts, i) for i in range(4)]
+        form_, number = form.literal_value, digits.literal_value
+        weight, integers = Weight(builder, form_, addresses, inputs), form_ == INT8
+        rows = [weight.row(builder.add(row, times(builder, stride, i))) for i in range(side.literal_value)]
         last, lines = builder.sub(count, ir.Constant(I64, 1)), []
         for i in range(batch.literal_value):  # the last row of x stands in for those behind it
             line = ir.Constant(I64, i)
             line = builder.select(builder.icmp_signed("<", line, last), line, last)
-            lines.append(builder.add(x, builder.mul(line, times(builder, inputs, weight.x_size))))
-        each = len(lines) + integers  # sums of a row
+            begin = builder.add(x, builder.mul(line, times(builder, inputs, number or 4)))
+            if number:
+                planes = [builder.add(begin, times(builder, inputs, digit)) for digit in range(number)]
+                groups = builder.udiv(times(builder, inputs, 4), ir.Constant(I64, BLOCK))
+                begin = planes, builder.add(steps, builder.mul(line, groups))
+            lines.append(begin)
+        each, add = len(lines) + bool(number), weight.add_bytes if number else weight.add  # sums of a row
 
         def step(sums, at):
             found = []
             for i, row in enumerate(rows):
                 weight.fetch(row, builder.add(at, ir.Constant(I64, AHEAD)))
-                found += weight.add(sums[i * each : (i + 1) * each], row, at, lines)
+                found += add(sums[i * each : (i + 1) * each], row, at, lines)
             return found
 
         nothing = all_of(weight.sum_type, 0 if integers else 0.0)
         sums = loop(builder, inputs, [nothing] * (len(rows) * each), step, BLOCK)
         totals = [reduced(builder, "add" if integers else "fadd", total) for total in sums]
-        for i, number in enumerate(numbers):
+        for i in range(len(rows)):
             for k, total in enumerate(totals[i * each :][: len(lines)]):
                 if integers:
                     total = builder.sitofp(builder.sub(total, totals[(i + 1) * each - 1]), F32)
-                place = builder.add(number, times(builder, between, k))
+                place = builder.add(builder.add(row, times(builder, stride, i)), times(builder, between, k))
                 builder.store(total, at_address(builder, out, times(builder, place, 4), F32))
         return context.get_dummy_value()
 
-    return types.void(form, side, batch, *[types.int64] * 11), generate
+    return types.void(form, digits, side, batch, types.UniTuple(types.int64, 4), *[types.int64] * 8), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -210,6 +210,23 @@ def test_int4_weights_are_widened_as_the_plain_form_does(dtype, threads):  # noq
         widened_int4(weight, scale, 3, 71, dtype)
 
 
+def test_numbers_of_16_bits_are_exact_steps_of_their_group():
+    """Few rows by int4: down to 1 / 128 of the group's largest, of any size; below, to 2^-15 of it."""
+    weight, scale = torch.full((3, 256), 9, dtype=torch.uint8)[:, :128] * 17, torch.ones(3, 2)  # 1 everywhere
+    linear = FewBitsLinear(weight.contiguous(), scale, None, 0.0, False, torch.bfloat16)
+    for largest in (1.9921875 * 2.0**100, 1.0, 1.9921875 * 2.0**-90):
+        for number in (-1.9921875 * largest / 128, 1.0078125 * largest / 128, largest):
+            x = torch.zeros(2, 256, dtype=torch.bfloat16)
+            x[0, 5], x[1, 200] = number, -number
+            assert torch.equal(linear(x, None, False), (x.sum(-1, keepdim=True)).expand(2, 3))
+            x[:, 7], x[:, 130] = largest, largest
+            expected = x.double().sum(-1, keepdim=True).expand(2, 3)
+            assert ((linear(x, None, False) - expected) / largest).abs().max() <= 2.0**-7
+    x = torch.full((1, 256), 2.0**-12, dtype=torch.bfloat16)
+    x[0, 0] = 1
+    assert (linear(x, None, False).double() - x.double().sum()).abs().max() <= 256 * 2.0**-16 + 2.0**-7
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_sums_are_exact(dtype):
     """The largest that there are, to the limit of 32 bits."""
@@ -319,6 +336,23 @@ def test_what_was_compiled_is_found_again():
     with event.install_recorder("numba:compile") as compiled:
         assert all(addresses())
     assert compiled.buffer == []
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
+def test_what_kernels_are_made_of_has_names_of_its_own():
+    """Numba puts a number that begins anew in every process behind a name. Two functions of one name that two processes
+    compiled and kept can have the same, and a third process would take one for the other: by the code of others for
+    int8, products with int4 were no numbers."""
+    from minivlm.kernels.cpu import attention_prefill_numba, many_rows_numba
+    from minivlm.kernels.cpu.weight_rows import COMPACT, INT4, INT8, WHOLE
+
+    made = [vars(attention_prefill_numba._pieces(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    for dtype in DTYPES:
+        for form in (COMPACT, WHOLE, INT8, INT4):
+            of = many_rows_numba._pieces, many_rows_numba._of_some_rows, many_rows_numba._of_many_rows
+            made += [vars(pieces(dtype, form)) for pieces in of]
+    names = [f.py_func.__qualname__ for pieces in made for f in pieces.values() if hasattr(f, "py_func")]
+    assert len(set(names)) == len(names) == 2 * 4 + 12 * (3 + 1 + 4)
 
 
 @pytest.mark.parametrize("form", ["compact", "int8", "int4"])
