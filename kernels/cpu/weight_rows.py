@@ -163,31 +163,36 @@ class Weight:
         scale = self._scale(row, at)
         return [self._plus(total, scale, group) for total, group in zip(sums, found, strict=True)]
 
-    def add_bytes(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list) -> list[ir.Value]:
-        """The same of int8 or int4 and the bytes of x, each line as the addresses of its first bytes, its second and so
-        on, and of its groups' steps. The last sum is what the others have too much: the first bytes are more by 128."""
-        builder, order = self.builder, self._bytes_of(row, at)
-        begin = sums if self.form == INT8 else [all_of(NUMBERS, 0)] * len(sums)
-        totals, too_much = [], begin[-1]
-        for weight in order:
-            too_much = add_fours(builder, too_much, all_of(NUMBERS, 0x80808080), weight)
-        for total, (digits, _) in zip(begin, lines, strict=False):
-            found = [total, *[all_of(NUMBERS, 0)] * (len(digits) - 1)]
-            for part, weight in enumerate(order):
-                for k, digit in enumerate(digits):
-                    x = load(builder, digit, self._number(at, part * HALF, 1), NUMBERS)
-                    found[k] = add_fours(builder, found[k], x, weight)
-            totals.append(found)
-        if self.form == INT8:
-            return [*(first for (first,) in totals), too_much]
-        found, scale = [], self._scale(row, at)
-        for total, (first, *others), (_, steps) in zip(sums, totals, lines, strict=False):
-            number = builder.sub(first, too_much)
-            for digit in others:
-                number = builder.add(builder.shl(number, all_of(NUMBERS, 8)), digit)
+    def add_integers(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list) -> list[ir.Value]:
+        """The same of an int8 row and lines of bytes that are more by 128 than they are to be: what the sums have too
+        much by that is in one more, the last."""
+        weight = self._bytes_of(row, at)
+        found = [self._dot(total, weight, at, line) for total, ((line,), _) in zip(sums, lines, strict=False)]
+        return [*found, self._excess(sums[-1], weight)]
+
+    def add_halves(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list) -> list[ir.Value]:
+        """The same of an int4 row and lines of upper bytes, more by 128, of lower ones, and of the groups' steps."""
+        builder, weight, nothing, found = self.builder, self._bytes_of(row, at), all_of(NUMBERS, 0), []
+        excess, scale = self._excess(nothing, weight), self._scale(row, at)
+        for total, ((upper, lower), steps) in zip(sums, lines, strict=True):
+            number = builder.sub(self._dot(nothing, weight, at, upper), excess)
+            number = builder.add(builder.shl(number, all_of(NUMBERS, 8)), self._dot(nothing, weight, at, lower))
             step = broadcast(builder, load(builder, steps, self._of_group(at), F32))
             found.append(self._plus(total, scale, builder.fmul(builder.sitofp(number, VECTOR), step)))
-        return [*found, sums[-1]]
+        return found
+
+    def _dot(self, total: ir.Value, weight: list[ir.Value], at: ir.Value, line: ir.Value) -> ir.Value:
+        """A sum plus the products of a block in vectors of int8 and of a line of uint8 from number `at` on."""
+        for part, vector in enumerate(weight):
+            x = load(self.builder, line, self._number(at, part * HALF, 1), NUMBERS)
+            total = add_fours(self.builder, total, x, vector)
+        return total
+
+    def _excess(self, total: ir.Value, weight: list[ir.Value]) -> ir.Value:
+        """A sum plus 128 times a block's weights."""
+        for vector in weight:
+            total = add_fours(self.builder, total, all_of(NUMBERS, 0x80808080), vector)
+        return total
 
     def _bytes_of(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
         """The block of an int8 or int4 row as two vectors of int8."""
@@ -195,12 +200,11 @@ class Weight:
         if self.form == INT8:
             return [load(builder, row[0], self._number(at, first, 1), NUMBERS) for first in range(0, BLOCK, HALF)]
         both = load(builder, row[0], self._bytes(at, 1), NUMBERS)
-        halves = [
-            builder.and_(bits, all_of(NUMBERS, 0x0F0F0F0F)) for bits in (both, builder.lshr(both, all_of(NUMBERS, 4)))
-        ]
-        return [
-            builder.bitcast(builder.sub(builder.bitcast(half, BYTES), all_of(BYTES, 8)), NUMBERS) for half in halves
-        ]
+        found = []
+        for bits in (both, builder.lshr(both, all_of(NUMBERS, 4))):
+            half = builder.bitcast(builder.and_(bits, all_of(NUMBERS, 0x0F0F0F0F)), BYTES)
+            found.append(builder.bitcast(builder.sub(half, all_of(BYTES, 8)), NUMBERS))
+        return found
 
     def _scale(self, row: list[ir.Value], at: ir.Value) -> ir.Value:
         """That of an int4 block, in every place of a vector."""
@@ -269,7 +273,8 @@ def dots(context, form, digits, side, batch, parts, inputs, row, stride, x, step
                 groups = builder.udiv(times(builder, inputs, 4), ir.Constant(I64, BLOCK))
                 begin = planes, builder.add(steps, builder.mul(line, groups))
             lines.append(begin)
-        each, add = len(lines) + bool(number), weight.add_bytes if number else weight.add  # sums of a row
+        each = len(lines) + integers  # sums of a row
+        add = (weight.add, weight.add_integers, weight.add_halves)[number]
 
         def step(sums, at):
             found = []
