@@ -5,14 +5,13 @@ Shapes:     x [B, K], weight [N, K] -> [B, N]; with swiglu the weight is [gate |
 Weights:    Compact, of compact.py; int8 [N, K] with scale float32 [N]; int4 as of quantise.py, uint8 [N, K / 2] with
             scale float32 [N, K / 128].
 Dtypes:     float32, bfloat16; float16 with int8 and int4. By int8 x is quantised too, each row of it to steps of
-            1 / 127 of its largest value, and the sums are of integers, exact. A few rows of 16 bits
-            by int4 are integers, too, each 128 numbers to 2^-15 of their largest, so that a bfloat16 down to 1 / 128 of
-            that is exact. Other sums are in float32; what the plain forms round on the way is rounded. By AMX a product
-            in float32 is six in bfloat16, three if the weight was published as such; more than 16 rows of bfloat16 meet
-            int4 weights that are rounded to it.
-Limits:     AVX-512, with int8 and int4 VNNI and K a multiple of 128; an int8 weight of at most 133,144 inputs;
-            16 rows without AMX. A row with an infinite number is not a number by AMX, and numbers below 2^-126 are 0;
-            few rows by int4 are summed before they are scaled, so numbers beyond 2^117 may be infinite.
+            1 / 127 of its largest value, and the sums are of integers, exact. Other sums are in float32; what the plain
+            forms round on the way is rounded. By AMX a product in float32 is six in bfloat16, three if the weight was
+            published as such; more than 16 rows of bfloat16 meet int4 weights that are rounded to it.
+Limits:     AVX-512, with int8 VNNI; K a multiple of 128 with int8 and int4; an int8 weight of at most 133,144 inputs;
+            16 rows without AMX. A row with an infinite number is not a number by AMX, numbers below 2^-126 are 0, and
+            of a float32 below 2^-110 not all bits are left; few rows by int4 are summed before they are scaled, so
+            numbers beyond 2^117 may be infinite.
 Bytes:      3 / 2, 1 or 17 / 32 N K, 7 / 2 N K of a float32 weight.
 Operations: 2 B N K.
 
@@ -46,8 +45,8 @@ MOST_ROWS = 16  # without AMX
 INT8, INT4 = "int8", "int4"
 # Most rows that are multiplied without AMX where there is AMX, by form and type. Microseconds of 5632x1024, one thread,
 # with / without: bfloat16 in 12 bits 4 rows 1120 / 1210, 8 rows 1140 / 2370; float32 in 28 bits 4 rows 2690 / 1630, 8
-# rows 3470 / 2740, 9 rows 3380 / 4130; int8 4 rows 565 / 500, 5 rows 695 / 730, 9 rows 590 / 1060; int4 3 rows
-# 460 / 560, in float32 4 rows 755 / 710, 5 rows 770 / 1290.
+# rows 3470 / 2740, 9 rows 3380 / 4130; int8 4 rows 565 / 500, 5 rows 695 / 730, 9 rows 590 / 1060; int4 in
+# bfloat16 3 rows 700 / 810, in float32, whose products float16 has, 4 rows 1190 / 970, 5 rows 960 / 2120.
 WITHOUT_TILES = {
     "compact": {torch.bfloat16: 4, torch.float32: 8},
     INT8: dict.fromkeys(single_row.DTYPES, 4),
@@ -79,7 +78,7 @@ def missing(dtype: torch.dtype, form: str) -> str | None:
     def trial() -> str | None:
         from minivlm.kernels.cpu.compiling import compiles_for
 
-        needed = {"AVX-512": "avx512bw"} | ({"AVX-512 VNNI": "avx512vnni"} if form != "compact" else {})
+        needed = {"AVX-512": "avx512bw"} | ({"AVX-512 VNNI": "avx512vnni"} if form == INT8 else {})
         for name, feature in needed.items():
             if not compiles_for(feature):  # without it LLVM would end the process
                 return f"the processor has no {name}, or Numba does not use it"

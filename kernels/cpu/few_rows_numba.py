@@ -16,7 +16,6 @@ from minivlm.kernels.cpu.compact_numba import parts
 from minivlm.kernels.cpu.compiling import (
     FLOATS,
     address_of,
-    bits_of_float,
     float_of_bits,
     keep,
     lines,
@@ -33,8 +32,6 @@ from minivlm.kernels.cpu.weight_rows import COMPACT, SIDE_BY_SIDE, WHOLE, dots
 from minivlm.kernels.cpu.weight_rows import INT4 as HALF_BYTES
 from minivlm.kernels.cpu.weight_rows import INT8 as INTEGERS
 
-LEAST_EXPONENT = 30  # as float32 has it, of the largest number of a group: below, a step would be no normal number
-
 
 @njit(fastmath=SUMS)
 def add_kept(starts, columns, values, x, found):
@@ -46,37 +43,12 @@ def add_kept(starts, columns, values, x, found):
 
 
 @njit(error_model="numpy")
-def to_steps(x, digits, sizes):
-    """Rows x [B, P] to steps, uint8 [B, D, P], the upper digit first and with 128 for 0, of a size for each row or, if
-    they have two digits, each group; sizes [B, 1 or P / BLOCK]."""
+def to_steps(x, steps, sizes):
+    """Rows x [B, P] to steps, uint8 [B, P] with 128 for 0, of a size for each row."""
     for b in range(len(x)):
-        if digits.shape[1] == 1:
-            sizes[b, 0] = step_of(x[b])
-            for j in range(x.shape[1]):
-                digits[b, 0, j] = np.uint8(np.int32(np.rint(x[b, j] / sizes[b, 0])) + np.int32(128))
-        else:
-            for group in range(sizes.shape[1]):
-                some = slice(group * BLOCK, (group + 1) * BLOCK)
-                sizes[b, group] = to_halves(x[b, some], digits[b, 0, some], digits[b, 1, some])
-
-
-@njit(fastmath=SUMS)
-def to_halves(x, upper, lower):
-    """A group x [BLOCK] to steps of 16 bits, their halves, and the size of a step, a power of 2: a bfloat16 down to
-    1 / 128 of the largest is exact."""
-    numbers = np.empty(BLOCK, np.int32)
-    largest = nothing = np.float32(0)
-    for j in range(BLOCK):
-        largest = max(largest, abs(x[j]))  # which forgets NaN
-        nothing += x[j] - x[j]
-    exponent = max(bits_of_float(largest) >> np.uint32(23), np.uint32(LEAST_EXPONENT))
-    size = float_of_bits(np.uint32(exponent - np.uint32(14)) << np.uint32(23))  # the largest is 2^14 of them or more
-    for j in range(BLOCK):
-        numbers[j] = min(np.int32(np.rint(x[j] / size)), np.int32(2**15 - 1)) + np.int32(2**15)
-    for j in range(BLOCK):
-        upper[j] = np.uint8(numbers[j] >> np.int32(8))
-        lower[j] = np.uint8(numbers[j])
-    return size + nothing
+        sizes[b] = step_of(x[b])
+        for j in range(x.shape[1]):
+            steps[b, j] = np.uint8(np.int32(np.rint(x[b, j] / sizes[b])) + np.int32(128))
 
 
 @cache
@@ -88,14 +60,13 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
     the result, 0 for what is not there, and the bits of eps.
     """
     stored, side, integers, compact = FLOATS[dtype], SIDE_BY_SIDE[batch], form == INTEGERS, form in (COMPACT, WHOLE)
-    digits = 1 if integers else 2 if form == HALF_BYTES and dtype != torch.float32 else 0
 
     def kernel(arguments):
         rows, outputs, inputs, swiglu = arguments[0], arguments[1], arguments[2], arguments[3]
         total, padded = outputs * (1 + swiglu), -(-inputs // BLOCK) * BLOCK
         x = carray(pointer(arguments[5]), (rows, inputs), stored)
         norm = carray(pointer(arguments[6]), (inputs if arguments[6] else 0,), stored)
-        weight = arguments[7], arguments[8], arguments[9], arguments[10]
+        a, b, c, d = arguments[7], arguments[8], arguments[9], arguments[10]
         starts = carray(pointer(arguments[11]), (total + 1 if compact else 0,), np.int32)
         columns = carray(pointer(arguments[12]), (arguments[4],), np.int32)
         values = carray(pointer(arguments[13]), (arguments[4],), np.float32)
@@ -107,26 +78,25 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
         unit, found = lines(rows, padded), np.empty((1 + swiglu, batch, count), np.float32)
         for i in range(rows):
             unit[i, :inputs] = normalised(x[i], norm, float_of_bits(np.uint32(arguments[17])))
-        short = lines(rows, digits * padded // 4).view(np.uint8).reshape(rows, digits, padded)
-        sizes = np.empty((rows, 1 if integers else padded // BLOCK), np.float32)
-        x_at, sizes_at = np.int64(unit.ctypes.data), np.int64(sizes.ctypes.data)
-        if digits:
-            to_steps(unit, short, sizes)
-            x_at = np.int64(short.ctypes.data)
+        steps, sizes = lines(rows, padded // 4).view(np.uint8), np.empty(rows, np.float32)
+        source = np.int64(unit.ctypes.data)
+        if integers:
+            to_steps(unit, steps, sizes)
+            source = np.int64(steps.ctypes.data)
         stride = count // side
         for part in range(1 + swiglu):
             first = begin + part * outputs
             to = np.int64(found[part].ctypes.data) - 4 * first
             for i in range(first, first + stride):
-                dots(form, digits, side, batch, weight, padded, i, stride, x_at, sizes_at, rows, to, count)
+                dots(form, side, batch, a, b, c, d, padded, i, stride, source, rows, to, count)
             for i in range(first + side * stride, first + count):
-                dots(form, digits, 1, batch, weight, padded, i, 0, x_at, sizes_at, rows, to, count)
+                dots(form, 1, batch, a, b, c, d, padded, i, 0, source, rows, to, count)
             if compact:
                 add_kept(starts[first : first + count + 1], columns, values, unit, found[part, :rows])
             if integers:
                 for i in range(rows):
                     for j in range(count):
-                        found[part, i, j] = found[part, i, j] * scale[first + j] * sizes[i, 0]
+                        found[part, i, j] = found[part, i, j] * scale[first + j] * sizes[i]
         for i in range(rows):
             for j in range(count):
                 value = rounded(found[0, i, j], out)
@@ -136,8 +106,7 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
                     value += wide(residual[i, begin + j])
                 out[i, begin + j] = narrow(value, out)
         keep(unit)
-        keep(short)
-        keep(sizes)
+        keep(steps)
 
     return address_of(kernel, f"few_rows_{dtype}_{form}_{batch}")
 

@@ -9,7 +9,8 @@ A float32 is the sum of three bfloat16 numbers: its first 8 bits, the next 8 and
 such parts have all but 2^-24 of a product (Henry, Tang and Heinecke 2019), so float32 goes through the same
 instruction; three suffice where one factor was published as bfloat16.
 
-Numbers below 2^-126 count as 0; of an infinite float32 a part is no number, and neither is what it is multiplied by.
+Numbers below 2^-126 count as 0, and so do parts, so that a float32 below 2^-110 has fewer than its 24 bits; of an
+infinite float32 a part is no number, and neither is what it is multiplied by.
 """
 
 import ctypes

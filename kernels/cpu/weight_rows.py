@@ -4,8 +4,7 @@ compiles others around. A weight is read BLOCK numbers of a row at a time, and n
 compact: bytes are taken 64 at a time to their upper bytes, to pairs, to float32: 16 weights take two instructions,
          where a loop that Numba vectorises takes eight. `whole` has the rest of float32 beside them.
 int8:    by rows that are quantised too; four products at a time are added to int32, exactly.
-int4:    by rows of 16 bits that become integers of two bytes for each group, and by each byte as by int8; by float32,
-         each half byte is looked up among -8 to 7. The sum of a group is multiplied by its scale.
+int4:    each half byte is looked up among -8 to 7, in float32; the sum of a group is multiplied by its scale.
 
 Or they become lines of left tiles, see tiles.py: of int8 as they are, of a compact one without its rest and of int4
 without its scales after two instructions for 32 of them, in bfloat16; of others the parts of what they are in float32.
@@ -81,6 +80,7 @@ class Weight:
             self.table = builder.shuffle_vector(table, table, _places(list(range(16)) * 4))  # one for each lane
         self.scales = addresses[1] if form == INT4 else None
         self.sum_type = NUMBERS if form == INT8 else VECTOR
+        self.x_size = 1 if form == INT8 else 4  # bytes of a number of the rows x
 
     def row(self, number: ir.Value) -> list[ir.Value]:
         """The addresses of a row's parts, and of its scales where it has some."""
@@ -148,12 +148,15 @@ class Weight:
         return pairs
 
     def add(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
-        """The sums plus the products of a block from number `at` on and the lines x, float32."""
+        """The sums plus the products of a block from number `at` on and the lines x."""
+        if self.form == INT8:
+            return self._add_integers(sums, row, at, lines)
         if self.form == INT4:
             vectors, order = self._steps(row, at)
         else:
             vectors, order = [self.builder.bitcast(bits, VECTOR) for bits in self.numbers(row, at)], range(8)
-        found = list(sums if self.scales is None else [all_of(VECTOR, 0.0)] * len(sums))
+        begin = sums if self.scales is None else [all_of(VECTOR, 0.0)] * len(sums)
+        found = list(begin)
         for weight, place in zip(vectors, order, strict=True):
             for k, line in enumerate(lines):
                 x = load(self.builder, line, self._number(at, place * LANES, 4), VECTOR)
@@ -163,56 +166,10 @@ class Weight:
         scale = self._scale(row, at)
         return [self._plus(total, scale, group) for total, group in zip(sums, found, strict=True)]
 
-    def add_integers(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list) -> list[ir.Value]:
-        """The same of an int8 row and lines of bytes that are more by 128 than they are to be: what the sums have too
-        much by that is in one more, the last."""
-        weight = self._bytes_of(row, at)
-        found = [self._dot(total, weight, at, line) for total, ((line,), _) in zip(sums, lines, strict=False)]
-        return [*found, self._excess(sums[-1], weight)]
-
-    def add_halves(self, sums: list[ir.Value], row: list[ir.Value], at: ir.Value, lines: list) -> list[ir.Value]:
-        """The same of an int4 row and lines of upper bytes, more by 128, of lower ones, and of the groups' steps."""
-        builder, weight, nothing, found = self.builder, self._bytes_of(row, at), all_of(NUMBERS, 0), []
-        excess, scale = self._excess(nothing, weight), self._scale(row, at)
-        for total, ((upper, lower), steps) in zip(sums, lines, strict=True):
-            number = builder.sub(self._dot(nothing, weight, at, upper), excess)
-            number = builder.add(builder.shl(number, all_of(NUMBERS, 8)), self._dot(nothing, weight, at, lower))
-            step = broadcast(builder, load(builder, steps, self._of_group(at), F32))
-            found.append(self._plus(total, scale, builder.fmul(builder.sitofp(number, VECTOR), step)))
-        return found
-
-    def _dot(self, total: ir.Value, weight: list[ir.Value], at: ir.Value, line: ir.Value) -> ir.Value:
-        """A sum plus the products of a block in vectors of int8 and of a line of uint8 from number `at` on."""
-        for part, vector in enumerate(weight):
-            x = load(self.builder, line, self._number(at, part * HALF, 1), NUMBERS)
-            total = add_fours(self.builder, total, x, vector)
-        return total
-
-    def _excess(self, total: ir.Value, weight: list[ir.Value]) -> ir.Value:
-        """A sum plus 128 times a block's weights."""
-        for vector in weight:
-            total = add_fours(self.builder, total, all_of(NUMBERS, 0x80808080), vector)
-        return total
-
-    def _bytes_of(self, row: list[ir.Value], at: ir.Value) -> list[ir.Value]:
-        """The block of an int8 or int4 row as two vectors of int8."""
-        builder = self.builder
-        if self.form == INT8:
-            return [load(builder, row[0], self._number(at, first, 1), NUMBERS) for first in range(0, BLOCK, HALF)]
-        both = load(builder, row[0], self._bytes(at, 1), NUMBERS)
-        found = []
-        for bits in (both, builder.lshr(both, all_of(NUMBERS, 4))):
-            half = builder.bitcast(builder.and_(bits, all_of(NUMBERS, 0x0F0F0F0F)), BYTES)
-            found.append(builder.bitcast(builder.sub(half, all_of(BYTES, 8)), NUMBERS))
-        return found
-
     def _scale(self, row: list[ir.Value], at: ir.Value) -> ir.Value:
         """That of an int4 block, in every place of a vector."""
-        return broadcast(self.builder, load(self.builder, row[1], self._of_group(at), F32))
-
-    def _of_group(self, at: ir.Value) -> ir.Value:
-        """How far behind the first the float32 of a block is."""
-        return times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4)
+        place = times(self.builder, self.builder.udiv(at, ir.Constant(I64, BLOCK)), 4)
+        return broadcast(self.builder, load(self.builder, row[1], place, F32))
 
     def _steps(self, row: list[ir.Value], at: ir.Value) -> tuple[list[ir.Value], list[int]]:
         """The block of an int4 row in float32 without its scale, and which eighth of the block each vector is."""
@@ -228,6 +185,17 @@ class Weight:
                 vectors.append(builder.call(look_up, [steps, places]))
                 order.append(4 * half + part)
         return vectors, order
+
+    def _add_integers(self, sums: list, row: list[ir.Value], at: ir.Value, lines: list[ir.Value]) -> list[ir.Value]:
+        """x is more by 128 than it is to be; so much too much is what the last sum becomes."""
+        builder, sums = self.builder, list(sums)
+        for first in range(0, BLOCK, HALF):
+            weight = load(builder, row[0], self._number(at, first, 1), NUMBERS)
+            for k, line in enumerate(lines):
+                x = load(builder, line, self._number(at, first, 1), NUMBERS)
+                sums[k] = add_fours(builder, sums[k], x, weight)
+            sums[-1] = add_fours(builder, sums[-1], all_of(NUMBERS, 0x80808080), weight)
+        return sums
 
     def _plus(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.builder.fadd(total, self.builder.fmul(a, b, flags=ADDED), flags=ADDED)
@@ -246,55 +214,46 @@ def _places(order: list[int]) -> ir.Constant:
 
 
 @intrinsic(prefer_literal=True)
-def dots(context, form, digits, side, batch, parts, inputs, row, stride, x, steps, count, out, between):
-    """`side` rows of a weight by up to `batch` rows of x; these two, the form and the digits are constants.
+def dots(context, form, side, batch, a, b, c, d, inputs, row, stride, x, count, out, between):
+    """`side` rows of a weight by up to `batch` rows of x; these two and the form are constants.
 
-    The others: a tuple of the addresses of the weight's parts (compact: lower bytes, places, rest, table; int8: itself;
-    int4: itself and its scales, float32), its inputs, the first row and how far behind it the next is; the addresses
-    of x and of its steps, and how many rows it has; the address of the results, float32 [batch, ..] of so many numbers
-    each, in which row 0 of the weight has place 0.
-    x is float32 [count, inputs] and steps nothing; or, of int8 and int4, uint8 [count, digits, inputs] whose first
-    digits are more by 128, and steps of int4 float32 [count, inputs / BLOCK].
+    The others: the addresses of the weight's parts (compact: lower bytes, places, rest, table; int8: itself; int4:
+    itself and its scales, float32), its inputs, the first row and how far behind it the next is, the address of x
+    [count, inputs], float32 or for int8 uint8 with 128 for 0, and of the results, float32 [batch, ..] of so many
+    numbers each, in which row 0 of the weight has place 0.
     """
 
     def generate(context, builder, signature, arguments):
-        parts, inputs, row, stride, x, steps, count, out, between = arguments[4:]
-        addresses = [builder.extract_value(parts, i) for i in range(4)]
-        form_, number = form.literal_value, digits.literal_value
-        weight, integers = Weight(builder, form_, addresses, inputs), form_ == INT8
-        rows = [weight.row(builder.add(row, times(builder, stride, i))) for i in range(side.literal_value)]
+        *addresses, inputs, row, stride, x, count, out, between = arguments[3:]
+        weight, integers = Weight(builder, form.literal_value, addresses, inputs), form.literal_value == INT8
+        numbers = [builder.add(row, times(builder, stride, i)) for i in range(side.literal_value)]
+        rows = [weight.row(number) for number in numbers]
         last, lines = builder.sub(count, ir.Constant(I64, 1)), []
         for i in range(batch.literal_value):  # the last row of x stands in for those behind it
             line = ir.Constant(I64, i)
             line = builder.select(builder.icmp_signed("<", line, last), line, last)
-            begin = builder.add(x, builder.mul(line, times(builder, inputs, number or 4)))
-            if number:
-                planes = [builder.add(begin, times(builder, inputs, digit)) for digit in range(number)]
-                groups = builder.udiv(times(builder, inputs, 4), ir.Constant(I64, BLOCK))
-                begin = planes, builder.add(steps, builder.mul(line, groups))
-            lines.append(begin)
+            lines.append(builder.add(x, builder.mul(line, times(builder, inputs, weight.x_size))))
         each = len(lines) + integers  # sums of a row
-        add = (weight.add, weight.add_integers, weight.add_halves)[number]
 
         def step(sums, at):
             found = []
             for i, row in enumerate(rows):
                 weight.fetch(row, builder.add(at, ir.Constant(I64, AHEAD)))
-                found += add(sums[i * each : (i + 1) * each], row, at, lines)
+                found += weight.add(sums[i * each : (i + 1) * each], row, at, lines)
             return found
 
         nothing = all_of(weight.sum_type, 0 if integers else 0.0)
         sums = loop(builder, inputs, [nothing] * (len(rows) * each), step, BLOCK)
         totals = [reduced(builder, "add" if integers else "fadd", total) for total in sums]
-        for i in range(len(rows)):
+        for i, number in enumerate(numbers):
             for k, total in enumerate(totals[i * each :][: len(lines)]):
                 if integers:
                     total = builder.sitofp(builder.sub(total, totals[(i + 1) * each - 1]), F32)
-                place = builder.add(builder.add(row, times(builder, stride, i)), times(builder, between, k))
+                place = builder.add(number, times(builder, between, k))
                 builder.store(total, at_address(builder, out, times(builder, place, 4), F32))
         return context.get_dummy_value()
 
-    return types.void(form, digits, side, batch, types.UniTuple(types.int64, 4), *[types.int64] * 8), generate
+    return types.void(form, side, batch, *[types.int64] * 11), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -4,7 +4,7 @@ A step of a small model takes the time of its calls, of the shipped checkpoint 3
 through the blocks. Here are the same equations over the same weights of the same blocks, but what is the same in every
 step is looked up once: which product, the rows' parts of the cache, the angles. No module is called, so no forward hook
 either. And where this project's kernels do all that is between the embeddings and the last norm, their calls are
-recorded, for each number of rows once.
+recorded, for each number of rows up to RECORDED once.
 
 Elsewhere one row is a vector [D], several are [B, D].
 """
