@@ -6,5 +6,7 @@ triton = pytest.importorskip("triton", reason="Triton is installed on Linux only
 
 if triton.knobs.runtime.interpret:
     import bf16
+    import interpreting
 
     bf16.install()
+    interpreting.install()

@@ -31,8 +31,10 @@ from minivlm.processor import Inputs
 checks = pytest.importorskip("minivlm.kernels.checks", reason="Triton is installed on Linux only")
 if checks.interpreted():
     import bf16
+    import interpreting
 
     bf16.install()
+    interpreting.install()
 
 from minivlm.ops import triton, triton_attention  # noqa: E402
 

@@ -13,8 +13,10 @@ from minivlm.sampler import Sampling, sample
 checks = pytest.importorskip("minivlm.kernels.checks", reason="Triton is installed on Linux only")
 if checks.interpreted():
     import bf16
+    import interpreting
 
     bf16.install()
+    interpreting.install()
 
 from minivlm.kernels.sampling import sample as kernel  # noqa: E402
 from minivlm.ops import triton_sampler  # noqa: E402
