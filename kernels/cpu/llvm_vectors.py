@@ -11,6 +11,7 @@ from collections.abc import Callable
 from llvmlite import binding, ir
 
 binding.initialize_native_asmparser()  # for `add_fours`; Numba does without
+
 LANES = 16  # float32 of a vector
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, NUMBERS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)

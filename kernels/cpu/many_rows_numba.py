@@ -197,7 +197,10 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
     @variant(dtype, form)
     def multiply_rows(weight, row, count, later, tiles_of_x, space, sums, totals):
         """So many rows of a weight, up to 32, by x in its tiles to sums [32, 16]. later: the row behind, at which to go
-        on. space, totals: for the tiles of two blocks, and the sums of groups [32, 16]."""
+        on. space, totals: for the tiles of two blocks, and the sums of groups [32, 16].
+
+        A step of the block before is multiplied behind each few rows of this one that were widened: a tile that was
+        only just stored is waited for."""
         a, b, c, d, padded = weight
         blocks, here, to = padded // BLOCK, np.int64(space.ctypes.data), np.int64(sums.ctypes.data)
         scales, total = b + row * blocks * 4, np.int64(totals.ctypes.data)
@@ -213,7 +216,7 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
                     tile_block(form, left, a, b, c, d, padded, row + done, some, block * BLOCK, next_, place)
                 if block:
                     x = there + step * right * TILE
-                    multiply_tiles(integers, left, right, 1, before + step * of_step, x, 1, x)
+                    multiply_tiles(integers, left, right, 1, before + step * of_step, x, 1, x)  # nothing else to fetch
             if grouped and block:
                 store_sums(1, to)
                 clear_sums(1)

@@ -13,10 +13,10 @@ from minivlm.decoder.mistral import MistralDecoder
 from minivlm.kernels.cpu import single_row
 from minivlm.kernels.cpu.compact import Compact
 from minivlm.kernels.cpu.few_bits import FewBitsLinear
-from minivlm.kernels.cpu.single_row import RowLinear
+from minivlm.kernels.cpu.single_row import RowAttention, RowLinear
 from minivlm.ops import cpu_attention
 from minivlm.ops.backend import CPU
-from minivlm.ops.cpu_decoding import Step, decoding
+from minivlm.ops.cpu_decoding import RECORDED, Step, decoding
 from minivlm.ops.kv_cache import KVCache
 from minivlm.ops.rows import Rows
 from minivlm.sampler import Sampling
@@ -139,6 +139,33 @@ def test_rows_depend_on_their_neighbours_by_rounding_alone(dtype, tiny_of):
         errors = [(last_ids(decoder, cache, ids, range(6)) - expected).square().mean().sqrt()]
         errors.append((alone - expected).square().mean().sqrt())
     assert errors[0] <= 1.2 * errors[1], errors
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="without AMX kernels take 16 rows")
+def test_more_rows_than_a_recording_holds(tiny_of, form, monkeypatch):  # noqa: F811
+    """They go by kernels, too, of other lengths and in slots in disorder."""
+    if form != "compact":
+        return
+    decoder = decoder_of(tiny_of("next-mistral").folder, "float32")
+    calls, at = [], RowAttention.at
+
+    def counted(self: RowAttention, layer: int, qkv: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        calls.append(layer)
+        return at(self, layer, qkv, places)
+
+    monkeypatch.setattr(RowAttention, "at", counted)
+    for count in (RECORDED + 1, 2 * RECORDED + 1):
+        lengths, slots = [2 + row % 7 for row in range(count)], [(5 * row) % count for row in range(count)]
+        ids = [[(11 * row + 3 * i) % 400 for i in range(n)] for row, n in enumerate(lengths)]
+        packed, cache = torch.tensor([token for row in ids for token in row[:-1]]), decoder.new_cache(count, 9)
+        with torch.inference_mode():
+            whole = [decoder(decoder.embed_tokens(torch.tensor(row)), Rows.causal([len(row)]), None)[-1] for row in ids]
+            decoder(decoder.embed_tokens(packed), Rows.causal([n - 1 for n in lengths], slots=slots), cache)
+            step, last = decoding(decoder, cache), Rows.causal([1] * count, [n - 1 for n in lengths], slots)
+            calls.clear()
+            found = step([row[-1] for row in ids], last)
+        assert calls == list(range(len(decoder.layers)))
+        torch.testing.assert_close(found, torch.stack(whole), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_masked_may_be_no_number(tiny_of):
