@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         chunk = lambda text, reason=None: send(json.dumps({"choices": [choice(text, reason)]}))
         time.sleep(0.2)
         chunk("one")
-        time.sleep(0.3)
+        time.sleep(1.0 if said == "count" else 0.3)
         if said == "fail":
             return send('{"error": {"message": "out of order"}}')
         if said == "break off":
@@ -74,8 +74,7 @@ def ask(server: Server, text: str) -> client.Answer:
 def test_an_answer_with_its_times(fake):
     answer = ask(fake, "count")
     assert (answer.text, answer.tokens) == ("one two", 5)
-    assert 0.2 <= answer.first < answer.seconds
-    assert answer.seconds - answer.first == pytest.approx(0.3, abs=0.2)
+    assert answer.first >= 0.2 and answer.seconds - answer.first > 0.5, "the first text came a second before the end"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_a_level_counts_what_was_not_answered(fake):
     assert (level.requests, level.errors, level.tokens) == (6, 2, 20)
     assert level.answers == ("one two", None, "one two", None, "one two", "one two")
     assert level.error.startswith("503 no")
-    assert level.seconds == pytest.approx(1.0, abs=0.6), "three at a time: two rounds of half a second"
+    assert 1.0 <= level.seconds < 2.5, "three at a time: two rounds of half a second; one by one they take 2.5"
     report = load.Report({"chip": "x"}, (level,), "")
     assert not report.ok or level.server != load.OURS
 
