@@ -99,7 +99,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
         for step in range(begin, stop):
             right = tiles + step * pairs * two_tiles
             clear_sums(2)
-            multiply_tiles(0, parts, parts, 2, left, right, pairs, right)
+            multiply_tiles(0, parts, parts, 2, left, right, pairs)
             store_rows(to + 4 * STEP * (step - begin), scores.strides[0])
 
     @variant(dtype)
@@ -110,7 +110,7 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
         for pair in range(rows.shape[1] // 32):
             right = tiles + (pair * steps + begin) * two_tiles
             clear_sums(2)
-            multiply_tiles(0, parts, parts, 2, left, right, stop - begin, right)
+            multiply_tiles(0, parts, parts, 2, left, right, stop - begin)
             store_rows(to + 128 * pair, rows.strides[0])
 
     return SimpleNamespace(fetch=fetch, tile_step=tile_step, score=score, mix=mix, two_tiles=two_tiles)

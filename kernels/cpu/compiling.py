@@ -159,6 +159,19 @@ def aligned(size):
 
 
 @njit
+def address(array):
+    """Where an array's first number lies."""
+    return np.int64(array.ctypes.data)
+
+
+@njit
+def unowned(array):
+    """The same numbers, without what counts who uses them: that takes atomic instructions, for each part of an array
+    that is given away, which wait for all that was begun. The array itself has to be kept."""
+    return carray(pointer(address(array)), array.shape, array.dtype)
+
+
+@njit
 def keep(array):
     """Called behind the last use of an array's address: Numba frees an array behind the last use of itself."""
 

@@ -15,7 +15,7 @@ Limits:     AVX-512, with int8 VNNI; K a multiple of 128 with int8 and int4; an 
 Bytes:      3 / 2, 1 or 17 / 32 N K, 7 / 2 N K of a float32 weight.
 Operations: 2 B N K.
 
-The compiled forms are in few_rows_numba.py and many_rows_numba.py.
+The compiled forms are in few_rows_numba.py, and by AMX some_rows_numba.py and many_rows_numba.py.
 """
 
 import math

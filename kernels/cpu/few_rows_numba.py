@@ -27,7 +27,7 @@ from minivlm.kernels.cpu.compiling import (
 )
 from minivlm.kernels.cpu.few_bits import AT_ONCE, INT4, INT8, FewBitsLinear
 from minivlm.kernels.cpu.openmp import run
-from minivlm.kernels.cpu.single_row_numba import SUMS, normalised, silu, step_of
+from minivlm.kernels.cpu.single_row_numba import SUMS, normalise, silu, step_of
 from minivlm.kernels.cpu.weight_rows import COMPACT, SIDE_BY_SIDE, WHOLE, dots
 from minivlm.kernels.cpu.weight_rows import INT4 as HALF_BYTES
 from minivlm.kernels.cpu.weight_rows import INT8 as INTEGERS
@@ -77,7 +77,7 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
         count = end - begin
         unit, found = lines(rows, padded), np.empty((1 + swiglu, batch, count), np.float32)
         for i in range(rows):
-            unit[i, :inputs] = normalised(x[i], norm, float_of_bits(np.uint32(arguments[17])))
+            normalise(x[i], norm, float_of_bits(np.uint32(arguments[17])), unit[i])
         steps, sizes = lines(rows, padded // 4).view(np.uint8), np.empty(rows, np.float32)
         source = np.int64(unit.ctypes.data)
         if integers:

@@ -1,52 +1,107 @@
-"""SwiGLU of rows of float32, 16 numbers at a time, as a function for what Numba compiles others around."""
+"""What follows the sums of a product, 16 numbers at a time, as functions for what Numba compiles others around."""
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from minivlm.kernels.cpu.llvm_vectors import (
     LANES,
+    NUMBERS,
     VECTOR,
     all_of,
     at_address,
     at_least,
+    broadcast,
     exp,
     load,
+    load_numbers,
     loop,
     rounded_to,
+    store_rounded,
     times,
 )
 
 LOWEST = -87.0  # of what e^x is a normal number of
 
 
-@intrinsic(prefer_literal=True)
-def gate_numbers(context, kind, gate, up, count):
-    """silu(gate) * up in place of gate, of so many float32 at two addresses, with the roundings of a kind of numbers,
-    which is a constant: before silu, behind it, and of up. Where count is no multiple of 16, more than that is changed.
+def gated(builder: ir.IRBuilder, kind: int, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """silu(gate) * up of two vectors, with the roundings of a kind of numbers: before silu, behind it, and of up.
 
     silu(x) = x / (1 + e^-x) = x s / (1 + e^-|x|), where s is 1 of a positive x, e^x of a negative one, and 0 below
     LOWEST.
     """
+    one, zero = all_of(VECTOR, 1.0), all_of(VECTOR, 0.0)
+    x = rounded_to(builder, kind, gate)
+    negative = builder.fcmp_ordered("<", x, zero)
+    below = builder.select(negative, x, builder.fneg(x))  # -|x|
+    power = exp(builder, at_least(builder, below, LOWEST))
+    share = builder.select(negative, power, one)
+    share = builder.select(builder.fcmp_ordered("<", x, all_of(VECTOR, LOWEST)), zero, share)
+    silu = builder.fdiv(builder.fmul(x, share), builder.fadd(one, power))
+    return builder.fmul(rounded_to(builder, kind, silu), rounded_to(builder, kind, up))
+
+
+@intrinsic(prefer_literal=True)
+def gate_numbers(context, kind, gate, up, count):
+    """`gated` in place of gate, of so many float32 at two addresses; the kind is a constant. Where count is no multiple
+    of 16, more than that is changed."""
     number = kind.literal_value
 
     def generate(context, builder, signature, arguments):
         _, gate, up, count = arguments
-        one, zero = all_of(VECTOR, 1.0), all_of(VECTOR, 0.0)
 
         def step(_, at):
             offset = times(builder, at, 4)
-            x = rounded_to(builder, number, load(builder, gate, offset, VECTOR))
-            negative = builder.fcmp_ordered("<", x, zero)
-            below = builder.select(negative, x, builder.fneg(x))  # -|x|
-            power = exp(builder, at_least(builder, below, LOWEST))
-            share = builder.select(negative, power, one)
-            share = builder.select(builder.fcmp_ordered("<", x, all_of(VECTOR, LOWEST)), zero, share)
-            silu = builder.fdiv(builder.fmul(x, share), builder.fadd(one, power))
-            factors = [rounded_to(builder, number, y) for y in (silu, load(builder, up, offset, VECTOR))]
-            builder.store(builder.fmul(*factors), at_address(builder, gate, offset, VECTOR), align=4)
+            value = gated(builder, number, *(load(builder, address, offset, VECTOR) for address in (gate, up)))
+            builder.store(value, at_address(builder, gate, offset, VECTOR), align=4)
             return []
 
         loop(builder, count, [], step, LANES)
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 3), generate
+
+
+@intrinsic
+def scale_numbers(context, sums, scale, size, count):
+    """int32 sums at an address times a float32 each at another one and one for all, to float32 in their place; so
+    many, a multiple of 16."""
+
+    def generate(context, builder, signature, arguments):
+        sums, scale, size, count = arguments
+        size = broadcast(builder, size)
+
+        def step(_, at):
+            offset = times(builder, at, 4)
+            number = builder.sitofp(load(builder, sums, offset, NUMBERS), VECTOR)
+            number = builder.fmul(builder.fmul(number, load(builder, scale, offset, VECTOR)), size)
+            builder.store(number, at_address(builder, sums, offset, VECTOR), align=4)
+            return []
+
+        loop(builder, count, [], step, LANES)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def store_numbers(context, kind, added, found, residual, out, count):
+    """float32 at an address, rounded to a kind of numbers, to another one; or, if there is something they are added
+    to, rounded, added to a residual and rounded again. kind and added are constants, count is a multiple of 16."""
+    number = kind.literal_value
+
+    def generate(context, builder, signature, arguments):
+        _, _, found, residual, out, count = arguments
+
+        def step(_, at):
+            value = load(builder, found, times(builder, at, 4), VECTOR)
+            if added.literal_value:
+                value = rounded_to(builder, number, value)
+                value = builder.fadd(value, load_numbers(builder, number, residual, at))
+            store_rounded(builder, number, value, out, at)
+            return []
+
+        loop(builder, count, [], step, LANES)
+        return context.get_dummy_value()
+
+    return types.void(kind, added, *[types.int64] * 4), generate

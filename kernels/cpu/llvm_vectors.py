@@ -150,3 +150,24 @@ def rounded_to(builder: ir.IRBuilder, kind: int, vector: ir.Value) -> ir.Value:
         return builder.fpext(builder.fptrunc(vector, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
     bits = builder.and_(builder.bitcast(nearest(builder, vector), NUMBERS), all_of(NUMBERS, 0xFFFF0000))
     return builder.select(builder.fcmp_unordered("uno", vector, vector), vector, builder.bitcast(bits, VECTOR))
+
+
+def load_numbers(builder: ir.IRBuilder, kind: int, address: ir.Value, at: ir.Value) -> ir.Value:
+    """float32 of 16 numbers of a kind, from number `at` behind an address on."""
+    if kind == FLOAT32:
+        return load(builder, address, times(builder, at, 4), VECTOR)
+    bits = load(builder, address, times(builder, at, 2), HALVES)
+    if kind == FLOAT16:
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+    return builder.bitcast(builder.shl(builder.zext(bits, NUMBERS), all_of(NUMBERS, 16)), VECTOR)
+
+
+def store_rounded(builder: ir.IRBuilder, kind: int, vector: ir.Value, address: ir.Value, at: ir.Value) -> None:
+    """float32 as 16 numbers of a kind, to number `at` behind an address and what follows."""
+    if kind == FLOAT16:
+        vector = builder.fptrunc(vector, ir.VectorType(ir.HalfType(), LANES))
+    elif kind == BFLOAT16:
+        bits = builder.lshr(builder.bitcast(rounded_to(builder, kind, vector), NUMBERS), all_of(NUMBERS, 16))
+        vector = builder.trunc(bits, HALVES)
+    offset = times(builder, at, 4 if kind == FLOAT32 else 2)
+    builder.store(vector, at_address(builder, address, offset, vector.type), align=1)

@@ -127,18 +127,17 @@ def _multiply(weight, scale, x, out, like):
 
 
 @njit(fastmath=SUMS, error_model="numpy")
-def normalised(x, norm, eps):
-    """x in float32, normalised if there is a norm."""
-    out = np.empty(len(x), np.float32)
-    squares = np.float32(0)
+def normalise(x, norm, eps, out):
+    """x in float32, normalised if there is a norm, to the beginning of out."""
     for j in range(len(x)):
         out[j] = wide(x[j])
-        squares += out[j] * out[j]
     if len(norm):
+        squares = np.float32(0)
+        for j in range(len(x)):
+            squares += out[j] * out[j]
         inverse = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + eps)
         for j in range(len(x)):
             out[j] = rounded(rounded(out[j] * inverse, norm) * wide(norm[j]), norm)
-    return out
 
 
 @njit(error_model="numpy")
@@ -166,8 +165,8 @@ def linear_kernel(dtype: torch.dtype, quantised: bool) -> int:
         residual = carray(pointer(arguments[7]), (outputs if arguments[7] else 0,), stored)
         out = carray(pointer(arguments[8]), (outputs,), stored)
         first, end = share(outputs)
-        row = normalised(x, norm, float_of_bits(np.uint32(arguments[9])))
-        found = np.empty(end - first, np.float32)
+        row, found = np.empty(inputs, np.float32), np.empty(end - first, np.float32)
+        normalise(x, norm, float_of_bits(np.uint32(arguments[9])), row)
         multiply(weight[first:end], scale[first:end], row, found, out)
         if swiglu:
             up = np.empty(end - first, np.float32)

@@ -14,8 +14,9 @@ infinite float32 a part is no number, and neither is what it is multiplied by.
 """
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 from llvmlite import ir
 from numba import types
@@ -36,7 +37,6 @@ from minivlm.kernels.cpu.llvm_vectors import (
     load,
     loop,
     nearest,
-    prefetch,
     times,
 )
 
@@ -54,7 +54,6 @@ MEETINGS = {
     (1, 3): [(0, 2), (0, 1), (0, 0)],
     (3, 3): [(0, 2), (0, 1), (1, 1), (1, 0), (0, 0), (2, 0)],
 }
-FETCHED = 16  # the share of what comes later that one product fetches
 
 
 @cache
@@ -189,40 +188,47 @@ def store_rows(context, out, between):
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tiles(context, integers, left_parts, right_parts, columns, left, right, steps, later):
+def multiply_tiles(context, integers, left_parts, right_parts, columns, left, right, steps):
     """Add the products of so many steps to the sums. The first four are constants.
 
     left, right: where they are; of each step its parts, of each two tiles, or as many as there are columns.
-    later: where there is more of the right factor, of which a sixteenth is fetched meanwhile.
     """
-    meetings = MEETINGS[left_parts.literal_value, right_parts.literal_value]
-    count, product = columns.literal_value, "tdpbssd" if integers.literal_value else "tdpbf16ps"
-    fetched = count * right_parts.literal_value * LINES // FETCHED  # lines of a step
+    constants = [constant.literal_value for constant in (integers, left_parts, right_parts, columns)]
 
     def emit(builder, *values):
-        left, right, steps, later = values[4:]
+        left, right, steps = values[4:]
 
         def step(_, at):
-            here = builder.add(left, times(builder, at, 2 * TILE * left_parts.literal_value))
-            there = builder.add(right, times(builder, at, count * TILE * right_parts.literal_value))
-            before = None, None
-            for a, b in meetings:
-                for i in range(2 if a != before[0] else 0):
-                    _move(builder, "tileloadd64", LEFT + i, here, 2 * a + i)
-                for j in range(count if b != before[1] else 0):
-                    _move(builder, "tileloadd64", RIGHT + j, there, count * b + j)
-                for i in range(2):
-                    for j in range(count):
-                        _amx(builder, product, *map(_register, (count * i + j, LEFT + i, RIGHT + j)))
-                before = a, b
-            for line in range(fetched):
-                place = builder.add(times(builder, at, fetched), ir.Constant(I64, line))
-                prefetch(builder, later, times(builder, place, LINE), near=2)
+            for product in products_of_step(builder, *constants, left, right, at):
+                product()
             return []
 
         loop(builder, steps, [], step, 1)
 
-    return _function((integers, left_parts, right_parts, columns, *[types.int64] * 4), emit)
+    return _function((integers, left_parts, right_parts, columns, *[types.int64] * 3), emit)
+
+
+def products_of_step(
+    builder: ir.IRBuilder, integers: bool, left_parts: int, right_parts: int, columns: int,
+    left: ir.Value, right: ir.Value, at: ir.Value,
+) -> list[Callable[[], None]]:  # fmt: skip
+    """What emits the products of step number `at`, one by one, each with what it has to load."""
+    product, found, before = "tdpbssd" if integers else "tdpbf16ps", [], (None, None)
+    here = builder.add(left, times(builder, at, 2 * TILE * left_parts))
+    there = builder.add(right, times(builder, at, columns * TILE * right_parts))
+
+    def emit(a: int, b: int, i: int, j: int, load_left: bool, load_right: bool) -> None:
+        if load_left:
+            _move(builder, "tileloadd64", LEFT + i, here, 2 * a + i)
+        if load_right:
+            _move(builder, "tileloadd64", RIGHT + j, there, columns * b + j)
+        _amx(builder, product, *map(_register, (columns * i + j, LEFT + i, RIGHT + j)))
+
+    for a, b in MEETINGS[left_parts, right_parts]:
+        for i, j in itertools.product(range(2), range(columns)):
+            found.append(partial(emit, a, b, i, j, a != before[0] and j == 0, b != before[1] and i == 0))
+        before = a, b
+    return found
 
 
 # ---- numbers to tiles, and back
@@ -351,10 +357,21 @@ def _transposed(builder: ir.IRBuilder, rows: Iterable[ir.Value]) -> list[ir.Valu
 
     Row i and row i + 8 are shuffled into one another like two halves of a deck of cards, four times.
     """
-    rows, zips = list(rows), [_order(half + i // 2 + LANES * (i % 2) for i in range(LANES)) for half in (0, 8)]
-    for _ in range(4):
-        rows = [builder.shuffle_vector(rows[i], rows[i + 8], order) for i in range(8) for order in zips]
-    return rows
+    pieces, columns = shuffles(builder, list(rows))
+    for piece in pieces:
+        piece()
+    return columns
+
+
+def shuffles(builder: ir.IRBuilder, rows: list[ir.Value]) -> tuple[list[Callable[[], None]], list[ir.Value]]:
+    """What emits them, two by two, when the rows are in their list, and the list where then the columns are."""
+    zips = [_order(half + i // 2 + LANES * (i % 2) for i in range(LANES)) for half in (0, 8)]
+    decks = [rows, *([None] * LANES for _ in range(4))]
+
+    def piece(deck: list[ir.Value], shuffled: list[ir.Value], i: int) -> None:
+        shuffled[2 * i : 2 * i + 2] = [builder.shuffle_vector(deck[i], deck[i + 8], order) for order in zips]
+
+    return [partial(piece, *decks[n : n + 2], i) for n in range(4) for i in range(8)], decks[-1]
 
 
 def _order(places: Iterable[int]) -> ir.Constant:

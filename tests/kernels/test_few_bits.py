@@ -90,6 +90,22 @@ def test_a_product_with_all_that_surrounds_it(sizes, dtype, form, by_tiles, thre
             assert (alone - found[0]).double().norm() <= 8 * torch.finfo(dtype).eps * expected[0].norm()
 
 
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
+def test_sums_that_are_finished_beside_later_products(dtype, form, threads):  # noqa: F811
+    """Of 32 rows and many inputs; of 31 they are finished alone, to the same bits."""
+    for normed, swiglu, added in (0, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1):
+        linear = linear_of(1060, 1280, dtype, form, bool(normed), bool(swiglu))
+        x = numbers(63, 1280, dtype=dtype)
+        residual = numbers(63, linear.outputs, dtype=dtype) if added else None
+        found, alone = linear(x, residual), linear(x[:31], None if residual is None else residual[:31])
+        assert torch.equal(found[:31], alone)
+        expected = torch.stack([by_hand(linear, x[i], None if residual is None else residual[i]) for i in range(63)])
+        error, theirs = ((y.double() - expected).norm() for y in (found, linear.plain(x, residual)))
+        # By int8 a number between two steps may fall to either.
+        assert error <= 2 * theirs + (1e-3 if form == "int8" else torch.finfo(dtype).eps) * expected.norm()
+
+
 @pytest.mark.parametrize("form", ["compact", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
@@ -317,13 +333,14 @@ def test_what_was_compiled_is_found_again():
     """What kernels are made of is new in every process, and here."""
     from numba.core import event
 
-    from minivlm.kernels.cpu import attention_prefill_numba, many_rows_numba
+    from minivlm.kernels.cpu import attention_prefill_numba, many_rows_numba, row_tiles_numba, some_rows_numba
     from minivlm.kernels.cpu.weight_rows import COMPACT
 
     def addresses() -> list[int]:
-        many_rows_numba._pieces.cache_clear()
+        row_tiles_numba.row_tiles.cache_clear()
+        row_tiles_numba.finishing.cache_clear()
         attention_prefill_numba._pieces.cache_clear()
-        products = many_rows_numba.some_rows_kernel, many_rows_numba.many_rows_kernel
+        products = some_rows_numba.some_rows_kernel, many_rows_numba.many_rows_kernel
         found = [kernel.__wrapped__(torch.bfloat16, COMPACT) for kernel in products]
         return [*found, attention_prefill_numba.attention_kernel.__wrapped__(torch.bfloat16)]
 
@@ -338,16 +355,17 @@ def test_what_kernels_are_made_of_has_names_of_its_own():
     """Numba puts a number that begins anew in every process behind a name. Two functions of one name that two processes
     compiled and kept can have the same, and a third process would take one for the other: by the code of others for
     int8, products with int4 were no numbers."""
-    from minivlm.kernels.cpu import attention_prefill_numba, many_rows_numba
+    from minivlm.kernels.cpu import attention_prefill_numba, many_rows_numba, row_tiles_numba, some_rows_numba
     from minivlm.kernels.cpu.weight_rows import COMPACT, INT4, INT8, WHOLE
 
     made = [vars(attention_prefill_numba._pieces(dtype)) for dtype in (torch.float32, torch.bfloat16)]
     for dtype in DTYPES:
         for form in (COMPACT, WHOLE, INT8, INT4):
-            of = many_rows_numba._pieces, many_rows_numba._of_some_rows, many_rows_numba._of_many_rows
+            of_many = many_rows_numba._packing, many_rows_numba._finishing, many_rows_numba._multiplying
+            of = row_tiles_numba.row_tiles, row_tiles_numba.finishing, some_rows_numba._of_some_rows, *of_many
             made += [vars(pieces(dtype, form)) for pieces in of]
     names = [f.py_func.__qualname__ for pieces in made for f in pieces.values() if hasattr(f, "py_func")]
-    assert len(set(names)) == len(names) == 2 * 4 + 12 * (3 + 1 + 4)
+    assert len(set(names)) == len(names) == 2 * 4 + 12 * (3 + 1 + 5)
 
 
 @pytest.mark.parametrize("form", ["compact", "int8", "int4"])
