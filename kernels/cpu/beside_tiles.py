@@ -2,8 +2,9 @@
 
 AMX takes 16 cycles for a product, and the processor is free meanwhile, but looks only some 500 instructions ahead: what
 stands behind a few dozen products waits for them. So what is to be done to sums of earlier products is emitted between
-those of later ones, a few instructions behind each. A step of 24 products takes 137 ns, and as long with 4, 8 or 12
-instructions behind each product; with 200 or 400 behind all of them 176 and 227.
+those of later ones, a piece behind each: two shuffles, or a vector's SwiGLU, of 26 to 64 instructions; LLVM may move
+some of them. A step of 24 products takes 137 ns, and as long with 4, 8 or 12 instructions behind each product; with 200
+or 400 behind all of them 176 and 227.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from minivlm.kernels.cpu.tiles import LINE, LINES, products_of_step, shuffles
 
 # What is done to a tile of sums, of 16 outputs of a weight by 16 rows.
 STORED, STORED_WITH, TURNED, GATED = range(4)
-SHARE = 16  # the part of the next rows' tiles that the products of a block fetch
+SHARE = 16  # one in so many of the next rows' tiles is fetched beside a block: as many as BLOCKS of many_rows_numba.py
 FETCHED = {1: 0, 3: 8}  # lines of the next sums that a step fetches, by a weight's parts: with one, most stay near
 
 
@@ -39,7 +40,7 @@ def multiply_fetching(context, integers, left_parts, right_parts, places, first,
     """`multiply_tiles` of two tiles of columns, steps number `first` to `end`. The first three are constants.
 
     places: the addresses of the left and the right tiles; of the right tiles that come later, of which a sixteenth is
-    fetched meanwhile; and of the sums that come next, which are fetched, too.
+    fetched meanwhile; and of the sums that come next, which are fetched, too, beside a weight of three parts.
     """
     constants = [constant.literal_value for constant in (integers, left_parts, right_parts)]
 

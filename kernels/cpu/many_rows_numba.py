@@ -1,4 +1,4 @@
-"""What few_bits.py calls for more than a few rows, compiled by Numba for this processor, which must have AMX.
+"""What few_bits.py calls for rows as tiles, compiled by Numba for this processor, which must have AMX.
 
 Weights of several blocks are widened once to left tiles and multiplied by all rows x; of many inputs, a chunk of them
 at a time, so that the weights stay in the second cache, and the sums beside them. Up to 16 rows: some_rows_numba.py.
@@ -161,6 +161,7 @@ def _multiplying(dtype: torch.dtype, form: int) -> SimpleNamespace:
         their columns begin with number 0. What follows the rows, so many bytes behind, is fetched meanwhile. If the
         columns end here, sums become results: of a block beside the products of the next one, where that can be."""
         blocks, parts = len(tiles), tiles.shape[1]
+        # Gates with a residual have no emitted form.
         together = not integers and len(out) == 32 and steps >= beside and (parts == 1 or not len(residual))
         for number in range(blocks * parts):
             block, part, first = number // parts, number % parts, 0

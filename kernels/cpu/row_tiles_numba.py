@@ -1,7 +1,8 @@
 """What the kernels for rows as tiles have in common, compiled by Numba around AMX: rows x to right tiles, normalised
 and of int8 quantised, and what follows the sums of their products.
 
-A block of 32 outputs' weights is two left tiles, 128 inputs at a time; sums are transposed to rows of results.
+Of a block of 32 outputs' weights each step of inputs is two left tiles, in each of its parts; sums are
+transposed to rows of results.
 """
 
 from functools import cache

@@ -1,4 +1,4 @@
-"""What few_bits.py calls for up to 16 rows by AMX, compiled by Numba for this processor.
+"""What many_rows_numba.py calls for up to 16 rows, by AMX, compiled by Numba for this processor.
 
 Reading the weights is what takes the time: a part of them is multiplied while the next is widened to left tiles.
 """
@@ -91,8 +91,8 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
 
 @cache
 def some_rows_kernel(dtype: torch.dtype, form: int) -> int:
-    """The address of the kernel for up to FEW rows; its arguments are those of few_rows_numba.py's, and the addresses
-    of space for the tiles of x and for the sizes of int8's steps."""
+    """The address of the kernel for up to FEW rows; its arguments are those of few_rows_numba.py's, and two
+    addresses of space, which only the kernel for more rows uses."""
     common, more, compact = row_tiles(dtype, form), _of_some_rows(dtype, form), form in (COMPACT, WHOLE)
     opened, pack, right, finish = common.opened, common.pack, common.right, finishing(dtype, form).finish
     multiply_rows, half, of_x = more.multiply_rows, more.half, more.of_x
