@@ -15,7 +15,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from minivlm.kernels.cpu.cache_rows import LOWEST, highest, weigh, widen_numbers
-from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address_of, aligned, narrow, pointer, share, variant
+from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address, address_of, aligned, narrow, pointer, share, variant
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
 from minivlm.kernels.cpu.tiles import (
     STEP,
@@ -48,10 +48,10 @@ def weigh_scores(scores, lo, hi, factor, peaks, totals):
         first, end = lo[i] // 32 * 32, -(-hi[i] // 32) * 32
         scores[i, first : lo[i]] = UNSEEN
         scores[i, hi[i] : end] = UNSEEN
-        peaks[i] = factor * highest(np.int64(scores[i, first:].ctypes.data), end - first)
+        peaks[i] = factor * highest(address(scores[i, first:]), end - first)
     for i in range(len(lo)):
         first, end = lo[i] // 32 * 32, -(-hi[i] // 32) * 32
-        totals[i] = weigh(np.int64(scores[i, first:].ctypes.data), end - first, factor, peaks[i])
+        totals[i] = weigh(address(scores[i, first:]), end - first, factor, peaks[i])
         scores[i, : lo[i]] = 0
         scores[i, hi[i] :] = 0
 
@@ -70,17 +70,17 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
     @variant(dtype)
     def fetch(x, channels, head, at, count, rows):
         """So many positions of a head, from number `at` on; zeros beyond."""
-        address, between, of_head = x
-        address += at * between + head * of_head
+        place, between, of_head = x
+        place += at * between + head * of_head
         for i in range(count):
-            widen_numbers(kind, address + i * between, channels, 0, np.int64(rows[i].ctypes.data))
+            widen_numbers(kind, place + i * between, channels, 0, address(rows[i]))
         rows[:, channels:] = 0
         rows[count:] = 0
 
     @variant(dtype)
     def tile_step(k, v, channels, keys, unit, rows, tiles_of_k, tiles_of_v):
         """A step of a head's keys and values, by its number among all, to tiles."""
-        steps, at, line, pairs = -(-keys // STEP), np.int64(rows.ctypes.data), rows.strides[0], rows.shape[1] // 32
+        steps, at, line, pairs = -(-keys // STEP), address(rows), rows.strides[0], rows.shape[1] // 32
         head, step = unit // steps, unit % steps
         count = min(STEP, keys - STEP * step)
         fetch(k, channels, head, STEP * step, count, rows)
@@ -94,8 +94,8 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
     @variant(dtype)
     def score(rows, tiles, begin, stop, asked, scores):
         """32 queries by a head's keys of the steps from `begin` on to scores [32, t]; asked: space for their tiles."""
-        left, to, pairs = np.int64(asked.ctypes.data), np.int64(scores.ctypes.data), rows.shape[1] // 32
-        tile_rows(parts, 0, np.int64(rows.ctypes.data), rows.strides[0], 32 * pairs, left)
+        left, to, pairs = address(asked), address(scores), rows.shape[1] // 32
+        tile_rows(parts, 0, address(rows), rows.strides[0], 32 * pairs, left)
         for step in range(begin, stop):
             right = tiles + step * pairs * two_tiles
             clear_sums(2)
@@ -105,8 +105,8 @@ def _pieces(dtype: torch.dtype) -> SimpleNamespace:
     @variant(dtype)
     def mix(scores, tiles, begin, stop, steps, weights, rows):
         """32 queries' weights [32, t] by those keys' values to rows; weights: space for their tiles."""
-        left, to = np.int64(weights.ctypes.data), np.int64(rows.ctypes.data)
-        tile_rows(parts, rounds, np.int64(scores.ctypes.data), scores.strides[0], scores.shape[1], left)
+        left, to = address(weights), address(rows)
+        tile_rows(parts, rounds, address(scores), scores.strides[0], scores.shape[1], left)
         for pair in range(rows.shape[1] // 32):
             right = tiles + (pair * steps + begin) * two_tiles
             clear_sums(2)

@@ -14,25 +14,25 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from minivlm.kernels.cpu.gates import gated
 from minivlm.kernels.cpu.llvm_vectors import (
     I64,
     VECTOR,
     at_address,
     load,
-    load_numbers,
     loop,
     prefetch,
-    rounded_to,
     store_rounded,
     times,
 )
+from minivlm.kernels.cpu.results import gated, store_result
 from minivlm.kernels.cpu.tiles import LINE, LINES, products_of_step, shuffles
 
 # What is done to a tile of sums, of 16 outputs of a weight by 16 rows.
 STORED, STORED_WITH, TURNED, GATED = range(4)
-SHARE = 16  # one in so many of the next rows' tiles is fetched beside a block: as many as BLOCKS of many_rows_numba.py
-FETCHED = {1: 0, 3: 8}  # lines of the next sums that a step fetches, by a weight's parts: with one, most stay near
+SHARE = 16  # one in so many of the next rows' tiles is fetched beside a block
+# Lines of the next sums that a step fetches, by a weight's parts: with one, most sums stay near; with three a chunk has
+# at most 8 steps, for 64 lines.
+FETCHED = {1: 0, 3: 8}
 
 
 @intrinsic(prefer_literal=True)
@@ -131,6 +131,7 @@ def _columns(builder: ir.IRBuilder, tile: ir.Value) -> tuple[list[Callable[[], N
 
 
 def _turn(builder: ir.IRBuilder, tile: ir.Value) -> list[Callable[[], None]]:
+    """What transposes a tile where it is."""
     pieces, columns = _columns(builder, tile)
 
     def put(i: int) -> None:
@@ -142,14 +143,13 @@ def _turn(builder: ir.IRBuilder, tile: ir.Value) -> list[Callable[[], None]]:
 def _store(
     builder: ir.IRBuilder, kind: int, tile: ir.Value, residual: ir.Value | None, out: ir.Value, between: ir.Value
 ) -> list[Callable[[], None]]:
+    """What makes results of a tile."""
     pieces, columns = _columns(builder, tile)
 
     def put(i: int) -> None:
-        value, place = columns[i], times(builder, between, i)
-        if residual is not None:
-            there = load_numbers(builder, kind, builder.add(residual, place), ir.Constant(I64, 0))
-            value = builder.fadd(rounded_to(builder, kind, value), there)
-        store_rounded(builder, kind, value, builder.add(out, place), ir.Constant(I64, 0))
+        place = times(builder, between, i)
+        added = None if residual is None else builder.add(residual, place)
+        store_result(builder, kind, columns[i], added, builder.add(out, place), ir.Constant(I64, 0))
 
     return [*pieces, *(partial(put, i) for i in range(LINES))]
 
@@ -157,6 +157,8 @@ def _store(
 def _gate(
     builder: ir.IRBuilder, kind: int, gate: ir.Value, up: ir.Value, out: ir.Value, between: ir.Value
 ) -> list[Callable[[], None]]:
+    """What makes results of two tiles that were transposed."""
+
     def put(i: int) -> None:
         offset = ir.Constant(I64, LINE * i)
         value = gated(builder, kind, *(load(builder, tile, offset, VECTOR) for tile in (gate, up)))

@@ -11,7 +11,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from minivlm.kernels.cpu.compact import BLOCK, Compact
-from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address_of, float_of_bits, narrow, pointer, share
+from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address, address_of, float_of_bits, narrow, pointer, share
 from minivlm.kernels.cpu.openmp import run, thread_count, thread_number
 from minivlm.kernels.cpu.weight_rows import COMPACT, INT4, WHOLE, order_row, widen_row
 
@@ -95,8 +95,8 @@ def _pack_kernel(dtype: torch.dtype) -> int:
                         rest[i, j] = 0
             rest[i, inputs:] = 0
             counts[i] = kept - before
-            of = np.int64(lower.ctypes.data), np.int64(places.ctypes.data)
-            to = np.int64(ordered_lower[i].ctypes.data), np.int64(ordered_places[i].ctypes.data)
+            of = address(lower), address(places)
+            to = address(ordered_lower[i]), address(ordered_places[i])
             order_row(of[0], of[1], padded, to[0], to[1])
         answer[0], answer[1] = kept, seen != 0
 

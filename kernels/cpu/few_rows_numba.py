@@ -15,6 +15,7 @@ from minivlm.kernels.cpu.compact import BLOCK, Compact
 from minivlm.kernels.cpu.compact_numba import parts
 from minivlm.kernels.cpu.compiling import (
     FLOATS,
+    address,
     address_of,
     float_of_bits,
     keep,
@@ -79,14 +80,14 @@ def linear_kernel(dtype: torch.dtype, form: int, batch: int) -> int:
         for i in range(rows):
             normalise(x[i], norm, float_of_bits(np.uint32(arguments[17])), unit[i])
         steps, sizes = lines(rows, padded // 4).view(np.uint8), np.empty(rows, np.float32)
-        source = np.int64(unit.ctypes.data)
+        source = address(unit)
         if integers:
             to_steps(unit, steps, sizes)
-            source = np.int64(steps.ctypes.data)
+            source = address(steps)
         stride = count // side
         for part in range(1 + swiglu):
             first = begin + part * outputs
-            to = np.int64(found[part].ctypes.data) - 4 * first
+            to = address(found[part]) - 4 * first
             for i in range(first, first + stride):
                 dots(form, side, batch, a, b, c, d, padded, i, stride, source, rows, to, count)
             for i in range(first + side * stride, first + count):

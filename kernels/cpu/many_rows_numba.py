@@ -12,7 +12,15 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from minivlm.kernels.cpu.beside_tiles import GATED, STORED, STORED_WITH, TURNED, multiply_beside, multiply_fetching
+from minivlm.kernels.cpu.beside_tiles import (
+    GATED,
+    SHARE,
+    STORED,
+    STORED_WITH,
+    TURNED,
+    multiply_beside,
+    multiply_fetching,
+)
 from minivlm.kernels.cpu.compact import BLOCK
 from minivlm.kernels.cpu.compiling import (
     KINDS,
@@ -30,7 +38,7 @@ from minivlm.kernels.cpu.compiling import (
 from minivlm.kernels.cpu.few_bits import FewBitsLinear
 from minivlm.kernels.cpu.few_rows_numba import told
 from minivlm.kernels.cpu.openmp import barrier, run, scratch
-from minivlm.kernels.cpu.row_tiles_numba import OUTPUTS, finishing, row_tiles
+from minivlm.kernels.cpu.row_tiles_numba import HALF, OUTPUTS, UPPER, finishing, row_tiles
 from minivlm.kernels.cpu.some_rows_numba import FEW, some_rows_kernel
 from minivlm.kernels.cpu.tiles import (
     STEP,
@@ -50,7 +58,6 @@ from minivlm.kernels.cpu.weight_rows import INT8 as INTEGERS
 # 2 MB: 19.2, 9.1, 55.8, 29.7; 8 blocks 24.0, 9.7, 57.5, 29.0; half of the weights 21.5, 9.7, 62.5, 32.6; a quarter of
 # the sums 20.0, 10.4, 63.3, 32.7.
 BLOCKS, WEIGHTS, SUMS = 16, 2**20, 2**21
-UPPER, HALF = np.uint32(0xFFFF0000), np.uint32(16)
 
 
 @njit
@@ -95,7 +102,7 @@ def _packing(dtype: torch.dtype, form: int) -> SimpleNamespace:
     def widen(weight, row, count, begin, end, tiles):
         """Columns [begin, end) of so many rows of a weight, up to 32, to left tiles [steps, parts, 2, 16, 32]."""
         a, b, c, d, padded, starts, columns, values = weight
-        at = np.int64(tiles.ctypes.data)
+        at = address(tiles)
         for column in range(begin, end, BLOCK):
             here = at + (column - begin) // size * left * 2 * TILE
             more = (row + OUTPUTS) * padded + OUTPUTS * column
@@ -126,7 +133,7 @@ def _finishing(dtype: torch.dtype, form: int) -> SimpleNamespace:
                     there = address(sums[part]) + (2 * i + begin // 16) * TILE
                     transpose_tile(there, address(found[part]) + i * LINE, found.strides[1])
             some = slice(begin, min(begin + 16, len(out)))
-            finish(found, len(sums) > 1, at, scale, sizes[some], residual[some], out[some])
+            finish(found, at, scale, sizes[some], residual[some], out[some])
 
     @variant(dtype, form)
     def finish_beside(part, sums, at, residual, out, places):
@@ -153,7 +160,7 @@ def _multiplying(dtype: torch.dtype, form: int) -> SimpleNamespace:
     """How tiles are multiplied, and finished."""
     right, made, integers = row_tiles(dtype, form).right, _finishing(dtype, form), form == INTEGERS
     finish_block, finish_beside = made.finish_block, made.finish_beside
-    left, beside = _left_parts(form, right), 4 * _steps_beside(right)
+    left, quarters = _left_parts(form, right), 4 * _steps_beside(right)
 
     @variant(dtype, form)
     def multiply_blocks(tiles, x, of_pair, begin, steps, sums, ends, found, at, scale, sizes, residual, out):
@@ -162,23 +169,23 @@ def _multiplying(dtype: torch.dtype, form: int) -> SimpleNamespace:
         columns end here, sums become results: of a block beside the products of the next one, where that can be."""
         blocks, parts = len(tiles), tiles.shape[1]
         # Gates with a residual have no emitted form.
-        together = not integers and len(out) == 32 and steps >= beside and (parts == 1 or not len(residual))
+        beside = not integers and len(out) == 32 and steps >= quarters and (parts == 1 or not len(residual))
         for number in range(blocks * parts):
             block, part, first = number // parts, number % parts, 0
             here, to = address(tiles[block, part]), address(sums[block, part])
-            later = x + of_pair + number * (steps * right * 2 * TILE // BLOCKS)
+            later = x + of_pair + number * (steps * right * 2 * TILE // SHARE)
             places = here, x, later, to + 4 * TILE
             if begin:
                 load_sums(2, to)
             else:
                 clear_sums(2)
-            if ends and together and block:
+            if ends and beside and block:
                 finish_beside(part, sums[block - 1], at + (block - 1) * OUTPUTS, residual, out, places)
-                first = beside
+                first = quarters
             if first < steps:
                 multiply_fetching(integers, left, right, places, first, steps)
             store_sums(2, to)
-            if ends and part == parts - 1 and (block == blocks - 1 or not together):
+            if ends and part == parts - 1 and (block == blocks - 1 or not beside):
                 finish_block(sums[block], found, at + block * OUTPUTS, scale, sizes, residual, out)
 
     return SimpleNamespace(multiply_blocks=multiply_blocks)

@@ -13,19 +13,20 @@ import torch
 from numba import carray
 
 from minivlm.kernels.cpu.compiling import FLOATS, KINDS, address, bits_of_float, narrow, pointer, rounded, variant, wide
-from minivlm.kernels.cpu.gates import gate_numbers, scale_numbers, store_numbers
 from minivlm.kernels.cpu.llvm_vectors import LANES
+from minivlm.kernels.cpu.results import gate_numbers, scale_numbers, store_numbers
 from minivlm.kernels.cpu.single_row_numba import normalise, step_of
 from minivlm.kernels.cpu.tiles import STEP, need_registers, tile_columns
 from minivlm.kernels.cpu.weight_rows import COMPACT, WHOLE
 from minivlm.kernels.cpu.weight_rows import INT8 as INTEGERS
 
 OUTPUTS = 32  # of a block: two tiles of rows of the weight
+UPPER, HALF = np.uint32(0xFFFF0000), np.uint32(16)  # a bfloat16 is the upper half of a float32
 
 
 @cache
 def row_tiles(dtype: torch.dtype, form: int) -> SimpleNamespace:
-    """What both kernels are made of for a type of x and a form of weights.
+    """What the kernels for some and for many rows are made of, for a type of x and a form of weights.
 
     right: how many parts x has. size: numbers of a step.
     """
@@ -61,32 +62,32 @@ def row_tiles(dtype: torch.dtype, form: int) -> SimpleNamespace:
                 sizes[i] = step_of(unit[i])
                 for j in range(inputs):
                     unit[i, j] = np.rint(unit[i, j] / sizes[i])
-        tile_columns(integers, right, np.int64(unit.ctypes.data), unit.shape[1], side, packed)
+        tile_columns(integers, right, address(unit), unit.shape[1], side, packed)
 
     return SimpleNamespace(right=right, size=size, opened=opened, pack=pack)
 
 
 @cache
 def finishing(dtype: torch.dtype, form: int) -> SimpleNamespace:
-    """What follows the sums of both."""
+    """What follows the sums of both, and is made for a type and a form, too."""
     number, integers = KINDS[dtype], form == INTEGERS
 
     @variant(dtype, form)
-    def finish(sums, gates, at, scale, sizes, residual, out):
+    def finish(sums, at, scale, sizes, residual, out):
         """Sums [P, B, N] of B rows, and of the outputs from number `at` on, to results out [B, V], as many as are
-        there; with gates P is 2, else 1. sizes: [B]; residual: [B, V], or [0, V] for nothing."""
+        there; P is 2 of gates, else 1. sizes: [B]; residual: [B, V], or [0, V] for nothing."""
         outputs, gate, up = out.shape[1], address(sums), address(sums) + (len(sums) - 1) * sums.strides[0]
         count = min(sums.shape[2], outputs - at)
         whole, added, to = count // LANES * LANES, address(residual[:, at:]), address(out[:, at:])
         for i in range(len(out)):
             if integers:
-                for part in range(1 + gates):
+                for part in range(len(sums)):
                     here, some = sums[part, i], scale[part * outputs + at :]
                     if whole:
                         scale_numbers(address(here), address(some), sizes[i], whole)
                     for n in range(whole, count):
                         here[n] = np.float32(np.int32(bits_of_float(here[n]))) * some[n] * sizes[i]
-            if gates:
+            if len(sums) == 2:
                 gate_numbers(number, gate, up, count)
             if whole and len(residual):
                 store_numbers(number, 1, gate, added, to, whole)
@@ -97,11 +98,7 @@ def finishing(dtype: torch.dtype, form: int) -> SimpleNamespace:
                 if len(residual):
                     value = rounded(value, out) + wide(residual[i, at + n])
                 out[i, at + n] = narrow(value, out)
-            gate, up, added, to = (
-                gate + sums.strides[1],
-                up + sums.strides[1],
-                added + out.strides[0],
-                to + out.strides[0],
-            )
+            gate, up = gate + sums.strides[1], up + sums.strides[1]
+            added, to = added + out.strides[0], to + out.strides[0]
 
     return SimpleNamespace(finish=finish)

@@ -15,6 +15,7 @@ from numba.extending import overload
 from minivlm.kernels.cpu.cache_rows import add_sixteen, largest, sixteen_dots, widen_numbers
 from minivlm.kernels.cpu.compiling import (
     FLOATS,
+    address,
     address_of,
     float_of_bits,
     lines,
@@ -218,8 +219,8 @@ def _widen(rows, first, count, out):
     def whole(rows, first, count, out):
         channels = rows.shape[1]
         if channels == out.shape[1]:
-            at, ahead = np.int64(rows.ctypes.data) + first * rows.strides[0], BLOCK * rows.strides[0]
-            widen_numbers(kind, at, count * channels, ahead, np.int64(out.ctypes.data))
+            at, ahead = address(rows) + first * rows.strides[0], BLOCK * rows.strides[0]
+            widen_numbers(kind, at, count * channels, ahead, address(out))
         else:
             for j in range(count):
                 for c in range(channels):
@@ -235,8 +236,8 @@ def attend(q, keys, values, lo, end, block, weights, out):
     block [BLOCK, W] and weights [G, end - lo or more] are for what is in between.
     """
     visible, row, line = end - lo, block.strides[0], weights.strides[0]
-    q_at, block_at = np.int64(q.ctypes.data), np.int64(block.ctypes.data)
-    weights_at, out_at = np.int64(weights.ctypes.data), np.int64(out.ctypes.data)
+    q_at, block_at = address(q), address(block)
+    weights_at, out_at = address(weights), address(out)
     for at in range(0, visible, BLOCK):
         widen(keys, lo + at, min(BLOCK, visible - at), block)
         for g in range(len(q)):

@@ -11,8 +11,8 @@ import torch
 from numba import njit
 
 from minivlm.kernels.cpu.compact import BLOCK
-from minivlm.kernels.cpu.compiling import LINE, address_of, aligned, float_of_bits, keep, share, variant
-from minivlm.kernels.cpu.row_tiles_numba import OUTPUTS, finishing, row_tiles
+from minivlm.kernels.cpu.compiling import LINE, address, address_of, aligned, float_of_bits, keep, share, variant
+from minivlm.kernels.cpu.row_tiles_numba import HALF, OUTPUTS, UPPER, finishing, row_tiles
 from minivlm.kernels.cpu.tiles import (
     STEP,
     TILE,
@@ -30,7 +30,6 @@ from minivlm.kernels.cpu.weight_rows import INT8 as INTEGERS
 
 FEW = 16  # rows of one tile
 TOGETHER = 8  # blocks of which the sums are finished together
-UPPER, HALF = np.uint32(0xFFFF0000), np.uint32(16)
 
 
 @njit
@@ -63,8 +62,8 @@ def _of_some_rows(dtype: torch.dtype, form: int) -> SimpleNamespace:
         A step of the block before is multiplied behind each few rows of this one that were widened: a tile that was
         only just stored is waited for."""
         a, b, c, d, padded = weight
-        blocks, here, to = padded // BLOCK, np.int64(space.ctypes.data), np.int64(sums.ctypes.data)
-        scales, total = b + row * blocks * 4, np.int64(totals.ctypes.data)
+        blocks, here, to = padded // BLOCK, address(space), address(sums)
+        scales, total = b + row * blocks * 4, address(totals)
         clear_sums(1)
         totals[:] = 0
         for block in range(blocks + 1):
@@ -106,7 +105,7 @@ def some_rows_kernel(dtype: torch.dtype, form: int) -> int:
         unit, sizes = aligned(FEW * padded).reshape(FEW, padded), np.empty(rows, np.float32)
         unit[:, x.shape[1] :] = 0
         tiles = aligned(blocks * of_x // 4)  # each thread has its own tiles of x
-        packed, tiles_of_x = tiles.view(np.uint32).reshape(-1, right, 16, 16), np.int64(tiles.ctypes.data)
+        packed, tiles_of_x = tiles.view(np.uint32).reshape(-1, right, 16, 16), address(tiles)
         pack(x, norm, float_of_bits(np.uint32(arguments[17])), unit, sizes, tiles_of_x, 1)
         sums, totals = aligned(2 * OUTPUTS * 16).reshape(2, OUTPUTS, 16)
         space, group = aligned(2 * half // 4), TOGETHER * OUTPUTS
@@ -120,12 +119,12 @@ def some_rows_kernel(dtype: torch.dtype, form: int) -> int:
                 later = row + outputs if part + 1 < parts else at + OUTPUTS
                 multiply_rows(weight, row, count, later, tiles_of_x, space, sums, totals)
                 for i in range(2):
-                    to = np.int64(found[part, 0, place + 16 * i :].ctypes.data)
-                    transpose_tile(np.int64(sums[16 * i :].ctypes.data), to, found.strides[1])
+                    to = address(found[part, 0, place + 16 * i :])
+                    transpose_tile(address(sums[16 * i :]), to, found.strides[1])
                 if compact:
                     add_kept(starts[row : row + count + 1], columns, values, packed, found[part, :rows, place:])
             if place + OUTPUTS == group or number + 1 == end:
-                finish(found[:parts, :rows, : place + count], parts > 1, at - place, scale, sizes, residual, out)
+                finish(found[:parts, :rows, : place + count], at - place, scale, sizes, residual, out)
         give_registers_back()
         keep(tiles)
 

@@ -364,7 +364,8 @@ def _transposed(builder: ir.IRBuilder, rows: Iterable[ir.Value]) -> list[ir.Valu
 
 
 def shuffles(builder: ir.IRBuilder, rows: list[ir.Value]) -> tuple[list[Callable[[], None]], list[ir.Value]]:
-    """What emits them, two by two, when the rows are in their list, and the list where then the columns are."""
+    """What emits the shuffles of `_transposed`, two by two, when the rows are in their list, and the list where the
+    columns are then."""
     zips = [_order(half + i // 2 + LANES * (i % 2) for i in range(LANES)) for half in (0, 8)]
     decks = [rows, *([None] * LANES for _ in range(4))]
 

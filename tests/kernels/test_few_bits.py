@@ -144,7 +144,7 @@ def test_gates_are_silu_of_one_half_times_the_other(dtype):
     from numba import njit
 
     from minivlm.kernels.cpu.compiling import KINDS
-    from minivlm.kernels.cpu.gates import gate_numbers
+    from minivlm.kernels.cpu.results import gate_numbers
 
     kind = KINDS[dtype]
 

@@ -84,10 +84,20 @@ def scale_numbers(context, sums, scale, size, count):
     return types.void(types.int64, types.int64, types.float32, types.int64), generate
 
 
+def store_result(
+    builder: ir.IRBuilder, kind: int, value: ir.Value, residual: ir.Value | None, out: ir.Value, at: ir.Value
+) -> None:
+    """A vector, rounded to a kind of numbers, to number `at` behind an address and what follows; or, if there is a
+    residual, rounded, added to what is there behind its address, and rounded again."""
+    if residual is not None:
+        value = builder.fadd(rounded_to(builder, kind, value), load_numbers(builder, kind, residual, at))
+    store_rounded(builder, kind, value, out, at)
+
+
 @intrinsic(prefer_literal=True)
 def store_numbers(context, kind, added, found, residual, out, count):
-    """float32 at an address, rounded to a kind of numbers, to another one; or, if there is something they are added
-    to, rounded, added to a residual and rounded again. kind and added are constants, count is a multiple of 16."""
+    """`store_result` of so many float32 at an address, a multiple of 16; kind, and whether there is a residual, are
+    constants."""
     number = kind.literal_value
 
     def generate(context, builder, signature, arguments):
@@ -95,10 +105,7 @@ def store_numbers(context, kind, added, found, residual, out, count):
 
         def step(_, at):
             value = load(builder, found, times(builder, at, 4), VECTOR)
-            if added.literal_value:
-                value = rounded_to(builder, number, value)
-                value = builder.fadd(value, load_numbers(builder, number, residual, at))
-            store_rounded(builder, number, value, out, at)
+            store_result(builder, number, value, residual if added.literal_value else None, out, at)
             return []
 
         loop(builder, count, [], step, LANES)
